@@ -1,0 +1,122 @@
+"""The seam between the kubelet and the process that makes namespaces: plain requests, plain answers.
+
+A *sandbox* is a pod's network and UTS namespace. A *container* is one start of one program in it, with a mount and PID
+namespace and a fresh overlay file system of its own: a restart keeps the address and loses the files. Volumes belong to
+the sandbox and outlive containers.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """Something to mount. With ``files`` it is filled with them; with ``host_path`` it is that path of the node."""
+
+    name: str
+    files: Mapping[str, str] | None = None  # relative path -> text; None for an emptyDir
+    host_path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """Where a container sees a volume. ``sub_path`` names one entry of the volume, '' all of it."""
+
+    volume: str
+    path: str
+    sub_path: str = ""
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxSpec:
+    """A pod's namespaces and network. ``address`` is None for hostNetwork: the pod then joins the node's namespaces."""
+
+    pod_uid: str
+    namespace: str
+    pod_name: str
+    node: str
+    hostname: str
+    address: IPv4Address | None
+    network: IPv4Network | None  # the node's pod CIDR; its first address is the gateway, cni0
+    etc_files: Mapping[str, str] = field(default_factory=dict)  # 'hosts', 'resolv.conf', 'hostname' -> text
+    volumes: tuple[Volume, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerSpec:
+    """One start of one container.
+
+    Either ``argv`` is run, or, when ``builtin`` names one of our own programs (`programs.catalogue`), that program with
+    ``builtin_args`` (JSON values).
+    """
+
+    container_id: str  # unique over restarts
+    pod_uid: str
+    name: str
+    argv: tuple[str, ...] = ()
+    builtin: str = ""
+    builtin_args: Mapping[str, object] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/"
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    add_capabilities: tuple[str, ...] = ()  # 'NET_ADMIN'; container runtimes' default set is the base
+    drop_capabilities: tuple[str, ...] = ()  # 'ALL' empties the set
+    privileged: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)  # absolute path -> text, written into the fresh overlay
+    mounts: tuple[Mount, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How a program ended: ``code`` as a shell shows it (128 + signal when a signal ended it)."""
+
+    code: int
+    signal: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """The end of a command run inside a container. ``status`` is 124 when it ran out of time and was killed."""
+
+    status: int
+    output: str  # stdout and stderr, at most 10 KiB of the beginning
+
+
+class Runtime(Protocol):
+    """Makes and removes sandboxes and containers. Every failure is a KernelError that names the pod."""
+
+    async def create_sandbox(self, spec: SandboxSpec) -> None: ...
+
+    async def remove_sandbox(self, pod_uid: str) -> None:
+        """Remove namespaces, links, volumes and what is left of its containers; succeeds when it is not there."""
+
+    async def update_volume(self, pod_uid: str, volume: str, files: Mapping[str, str]) -> None:
+        """Replace the files of a volume in place, so that running containers see them."""
+
+    async def start_container(self, spec: ContainerSpec) -> None:
+        """Return when the program has been exec'd. KernelError when it cannot be (file not found, no permission)."""
+
+    async def wait_container(self, container_id: str) -> ExitStatus:
+        """Return when the container's first process has ended (and with it all others)."""
+
+    async def signal_container(self, container_id: str, signal: int) -> None:
+        """Send a signal to the first process; succeeds when it has ended already."""
+
+    async def remove_container(self, container_id: str) -> None:
+        """Drop its file system and what is known of it. Its log stays with the sandbox."""
+
+    async def exec(self, container_id: str, argv: Sequence[str], *, timeout_s: float) -> ExecResult: ...
+
+    async def connect(self, node: str, address: IPv4Address, port: int, *, timeout_s: float) -> socket.socket:
+        """Return a connected, non-blocking TCP socket that belongs to the node's network namespace (for probes).
+
+        Raises OSError (ConnectionRefusedError, TimeoutError) as a kubelet on that node would see it.
+        """
