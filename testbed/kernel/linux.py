@@ -1,0 +1,146 @@
+"""System calls that Python 3.11 does not offer: namespaces, mounts, capabilities, process attributes.
+
+Every function raises OSError with the call's arguments in ``filename``, so that a failure names what was tried.
+Numbers are those of linux/sched.h, linux/mount.h, linux/prctl.h and linux/capability.h; the two system calls that glibc
+does not wrap have the same number on every architecture that was added after 2011 or unified since (unistd.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MNT_DETACH = 2
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_OPEN_TREE, _MOVE_MOUNT, _CLOSE_RANGE = 428, 429, 436
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+    return result
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(ctypes.c_int(flags)), f"unshare({flags:#x})")
+
+
+def setns(fd: int, flags: int) -> None:
+    """Enter namespaces: ``fd`` is one of /proc/PID/ns, or a pidfd, and then ``flags`` says which of the process's."""
+    _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(flags)), f"setns({fd}, {flags:#x})")
+
+
+def sethostname(name: str) -> None:
+    text = name.encode()
+    _check(_libc.sethostname(text, len(text)), f"sethostname({name!r})")
+
+
+def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    _check(
+        _libc.mount(
+            os.fsencode(source), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None
+        ),
+        f"mount({source!r} on {target!r}, {fstype or 'bind'}, {data!r})",
+    )  # fmt: skip
+
+
+def umount(target: str, flags: int = MNT_DETACH) -> None:
+    _check(_libc.umount2(os.fsencode(target), flags), f"umount({target!r})")
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    number = _PIVOT_ROOT[platform.machine()]
+    _check(_libc.syscall(number, os.fsencode(new_root), os.fsencode(put_old)), f"pivot_root({new_root!r})")
+
+
+def open_tree(path: str) -> int:
+    """Return a descriptor of a detached copy of what is mounted at ``path``, to be put elsewhere by `move_mount`."""
+    flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
+    return _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags), f"open_tree({path!r})")
+
+
+def move_mount(fd: int, target: str) -> None:
+    result = _libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    _check(result, f"move_mount(to {target!r})")
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
+    """Close every descriptor from first to last in one call (glibc's wrapper came with 2.34; the call with Linux 5.9)."""
+    _check(_libc.syscall(_CLOSE_RANGE, ctypes.c_uint(first), ctypes.c_uint(last), 0), f"close_range({first}, {last})")
+
+
+def close_descriptors_except(*keep: int) -> None:
+    """Close every descriptor above 2 but the given ones."""
+    first = 3
+    for fd in sorted(fd for fd in keep if fd > 2):
+        if fd > first:
+            close_range(first, fd - 1)
+        first = fd + 1
+    close_range(first)
+
+
+def set_process_name(name: str) -> None:
+    """Set what `ps -o comm` shows (15 bytes)."""
+    _check(_libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0), f"prctl(PR_SET_NAME, {name!r})")
+
+
+def set_parent_death_signal(signal: int) -> None:
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
+CAPABILITIES = (
+    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
+    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE",
+    "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME",
+    "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
+    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+)  # fmt: skip
+"""Capability names by number (linux/capability.h), without ``CAP_``."""
+
+DEFAULT_CAPABILITIES = frozenset(
+    {
+        "CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP",
+        "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE",
+    }
+)  # fmt: skip
+"""What container runtimes leave to a container (containerd's oci/spec.go)."""
+
+
+def limit_capabilities(names: frozenset[str]) -> None:
+    """Keep only the named capabilities, now and after exec, for this process and its children."""
+    mask = 0
+    for number, name in enumerate(CAPABILITIES):
+        if name in names:
+            mask |= 1 << number
+        elif _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
+            _check(_libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0), f"prctl(PR_CAPBSET_DROP, {name})")
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    sets = struct.pack("=6I", low, low, 0, high, high, 0)  # effective, permitted, inheritable: low words, high words
+    _check(_libc.capset(header, sets), f"capset({mask:#x})")

@@ -1,0 +1,230 @@
+"""Processes in other namespaces: entering all of a target's, running a function or a program there, and waiting for it.
+
+Whoever calls these must have one thread only, or fork first: setns(2) refuses to change the mount namespace of a
+process that shares its file system state with another thread. `call_in` and `run_in` fork, so any process may use them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+from testbed.errors import KernelError, NotPresent
+from testbed.kernel import linux
+
+T = TypeVar("T")
+
+ALL_NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWNET | linux.CLONE_NEWPID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A place where programs can run: the namespaces of a living process, and who a program there is by default.
+
+    ``pidfd`` belongs to whoever holds this value; `close` gives it back.
+    """
+
+    name: str
+    pidfd: int
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/"
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    capabilities: frozenset[str] | None = None  # None: all that the caller has
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The end of a program: ``status`` as a shell shows it (128 + signal); 124 when it ran out of time and was killed."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+def exit_code(wait_status: int) -> int:
+    """Return the status of waitpid(2) as a shell shows it."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    return code if code >= 0 else 128 - code
+
+
+def fork_in(target: Target, child: Callable[[], int]) -> int:
+    """Fork a child that lives in every namespace of the target and ends with what ``child()`` returns; return its pid.
+
+    The caller's own namespaces stay as they were.
+    """
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            linux.setns(target.pidfd, linux.CLONE_NEWPID)  # of children only: the child is born inside
+        except OSError as error:
+            raise NotPresent(f"{target.name}: its process has ended ({error.strerror})") from error
+        try:
+            pid = os.fork()
+        except OSError as error:  # ENOMEM: the PID namespace's first process is gone
+            raise NotPresent(f"{target.name}: no process can start there ({error.strerror})") from error
+        finally:
+            # Also in the child, where it fails: a process cannot leave its PID namespace, and it does not need to.
+            with _ignore_oserror():
+                linux.setns(own, linux.CLONE_NEWPID)
+    finally:
+        os.close(own)
+    if pid == 0:
+        _be_child(target, child)
+    return pid
+
+
+class _ignore_oserror:  # noqa: N801  # reads as a statement; contextlib costs an import in every forked server
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and issubclass(kind, OSError)
+
+
+def _be_child(target: Target, child: Callable[[], int]) -> NoReturn:
+    status = 126
+    try:
+        linux.setns(target.pidfd, linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWNET)
+        status = child()
+    except BaseException as error:
+        os.write(2, f"{target.name}: {type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(status)
+
+
+def become(target: Target) -> None:
+    """Take the target's working directory, groups, user and capabilities: the last thing before exec."""
+    with _ignore_oserror():
+        os.chdir(target.cwd)
+    if target.capabilities is not None:
+        linux.limit_capabilities(target.capabilities)
+    if target.gid or target.groups:
+        os.setgroups(target.groups)
+        os.setgid(target.gid)
+    if target.uid:
+        os.setuid(target.uid)
+
+
+def reset_signals() -> None:
+    """Undo what Python and our parents set: a program expects SIGPIPE to end it and nothing to be blocked."""
+    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def execute(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Replace this process by the program; return 127 or 126 with a message, as a shell does, when that fails."""
+    try:
+        os.execvpe(argv[0], list(argv), dict(env))
+    except FileNotFoundError:
+        os.write(2, f"{argv[0]}: command not found\n".encode())
+        return 127
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error.strerror}\n".encode())
+        return 126
+
+
+def exec_child(target: Target, argv: Sequence[str], fds: tuple[int, int, int] = (0, 1, 2)) -> Callable[[], int]:
+    """Return what a child of `fork_in` does to run a program with the given standard descriptors."""
+
+    def child() -> int:
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+        linux.close_range(3)
+        reset_signals()
+        become(target)
+        return execute(argv, target.env)
+
+    return child
+
+
+def wait_until_ended(pid: int, *, timeout_s: float | None) -> int:
+    """Wait for a child and return its status as a shell shows it; kill it and return 124 when time is out."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        late = not select.select([pidfd], [], [], timeout_s)[0]
+        if late:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    finally:
+        os.close(pidfd)
+    return 124 if late else exit_code(status)
+
+
+def run_in(target: Target, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
+    """Run a program in the target's namespaces and collect what it writes.
+
+    Raises:
+        NotPresent: the target's process has ended.
+    """
+    streams = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+    try:
+        os.write(streams[0], stdin)
+        os.lseek(streams[0], 0, os.SEEK_SET)
+        pid = fork_in(target, exec_child(target, argv, (streams[0], streams[1], streams[2])))
+        status = wait_until_ended(pid, timeout_s=timeout_s)
+        return Completed(status, _contents(streams[1]), _contents(streams[2]))
+    finally:
+        for fd in streams:
+            os.close(fd)
+
+
+def _contents(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def call_in(target: Target, function: Callable[..., T], *args: Any, timeout_s: float) -> T:
+    """Return ``function(*args)`` as seen from inside the target's namespaces. Its exceptions come back as they are.
+
+    Raises:
+        NotPresent: the target's process has ended.
+        KernelError: the function ended without an answer, or took longer than ``timeout_s``.
+    """
+    answer = os.memfd_create("answer")
+
+    def child() -> int:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills us
+        try:
+            result: tuple[bool, object] = (True, function(*args))
+        except Exception as error:
+            result = (False, error)
+        try:
+            packed = pickle.dumps(result)
+        except Exception as error:
+            packed = pickle.dumps((False, KernelError(f"{target.name}: answer cannot be sent back: {error}")))
+        os.write(answer, packed)
+        return 0
+
+    try:
+        sys.stdout.flush()
+        pid = fork_in(target, child)
+        started = time.monotonic()
+        try:
+            status = wait_until_ended(pid, timeout_s=timeout_s)
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        if status == 124 and time.monotonic() - started >= timeout_s:
+            raise KernelError(f"{target.name}: {function.__name__} did not end within {timeout_s:g} s")
+        packed = _contents(answer)
+        if not packed:
+            raise KernelError(f"{target.name}: {function.__name__} ended with status {status} and no answer")
+        succeeded, value = pickle.loads(packed)  # noqa: S301  # written by our own child
+        if succeeded:
+            return value  # type: ignore[no-any-return]
+        raise value
+    finally:
+        os.close(answer)

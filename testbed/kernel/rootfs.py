@@ -1,0 +1,120 @@
+"""A container's own file system: a fresh overlay over the machine's, with what must not be shared replaced.
+
+::
+
+    overlay(lower=/, upper, work in the lab's tmpfs)     written parts are the container's alone
+    ├── proc, sys        new mounts: of the container's PID and network namespace
+    ├── dev              tmpfs with null zero full random urandom tty, pts, shm
+    ├── run, tmp         tmpfs, empty
+    ├── etc/hosts …      written into upper before the mount
+    └── volumes          bind mounts
+
+The root is entered with pivot_root, not chroot: nsenter and setns land outside a chroot (DESIGN 4.12). An overlay over /
+leaves out file systems mounted below /, so those that programs need (``keep``) are bound in, read-only.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.kernel import linux
+
+_DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+_DEVICE_LINKS = {
+    "ptmx": "pts/ptmx",
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A directory or file to show at ``target`` inside; ``source`` is a path outside."""
+
+    source: str
+    target: str
+    read_only: bool
+
+
+def write_upper(upper: str, files: Mapping[str, str]) -> None:
+    """Put files (absolute path -> text) into an overlay's upper layer, with the modes that their folders have below it."""
+    for path, text in files.items():
+        relative = os.path.normpath("/" + path).lstrip("/")
+        folder = ""
+        for part in Path(relative).parent.parts:
+            folder = f"{folder}/{part}"
+            if not os.path.isdir(upper + folder):
+                os.mkdir(upper + folder, 0o755)
+                if os.path.isdir(folder):
+                    os.chmod(upper + folder, stat.S_IMODE(os.stat(folder).st_mode))
+        with open(f"{upper}/{relative}", "w") as file:
+            file.write(text)
+
+
+def enter_root(folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), keep: Iterable[str] = ()) -> None:
+    """Make the overlay in ``folder`` (upper/ and work/ are there already) the root of this mount namespace.
+
+    The calling process must be alone in a mount namespace of its own, and in the PID and network namespace that /proc
+    and /sys are to show. Raises OSError naming the mount that failed.
+    """
+    root = f"{folder}/root"
+    os.mkdir(root)
+    data = f"lowerdir={lower},upperdir={folder}/upper,workdir={folder}/work"
+    linux.mount("overlay", root, "overlay", 0, data)
+    linux.mount("proc", f"{root}/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+    linux.mount("sysfs", f"{root}/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+    _make_dev(f"{root}/dev")
+    for path, mode in (("run", "0755"), ("tmp", "1777")):
+        linux.mount("tmpfs", f"{root}/{path}", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, f"mode={mode}")
+    for path in keep:
+        if not os.path.exists(root + path):
+            os.makedirs(root + path)
+            linux.mount(path, root + path, "", linux.MS_BIND | linux.MS_REC)
+            _make_read_only(root + path)
+    trees = [(linux.open_tree(bind.source), bind) for bind in binds]
+    os.chdir(root)
+    linux.pivot_root(".", ".")  # the old root now lies over the new one
+    linux.umount(".", linux.MNT_DETACH)
+    os.chdir("/")
+    # Only now, so that a link inside the container cannot lead a mount point out of it.
+    for fd, bind in sorted(trees, key=lambda pair: pair[1].target):
+        _make_mount_point(bind.target, is_folder=stat.S_ISDIR(os.fstat(fd).st_mode))
+        linux.move_mount(fd, bind.target)
+        os.close(fd)
+        if bind.read_only:
+            _make_read_only(bind.target)
+
+
+def _make_dev(path: str) -> None:
+    linux.mount("tmpfs", path, "tmpfs", linux.MS_NOSUID, "mode=0755,size=64k")
+    for name, (major, minor) in _DEVICES.items():
+        os.mknod(f"{path}/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
+        os.chmod(f"{path}/{name}", 0o666)
+    for name, target in _DEVICE_LINKS.items():
+        os.symlink(target, f"{path}/{name}")
+    for name in ("pts", "shm"):
+        os.mkdir(f"{path}/{name}")
+    linux.mount(
+        "devpts", f"{path}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"
+    )
+    linux.mount("tmpfs", f"{path}/shm", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777")
+
+
+def _make_mount_point(path: str, *, is_folder: bool) -> None:
+    if os.path.exists(path):
+        return
+    if is_folder:
+        os.makedirs(path)
+    else:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).touch()
+
+
+def _make_read_only(target: str) -> None:
+    linux.mount("", target, "", linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY)
