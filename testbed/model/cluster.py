@@ -1,0 +1,24 @@
+"""Cluster-wide settings: what a real cluster gives to its API server, controllers and kubelets as flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+
+# Kubernetes' own defaults: --service-cluster-ip-range of kubeadm, --service-node-port-range of kube-apiserver.
+DEFAULT_SERVICE_CIDR = IPv4Network("10.96.0.0/12")
+DEFAULT_POD_CIDR = IPv4Network("10.244.0.0/16")
+DEFAULT_NODE_PORT_RANGE = (30000, 32767)
+DEFAULT_DOMAIN = "cluster.local"
+DNS_OFFSET = 10  # kubeadm's convention: the tenth address of the Service range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Address ranges and names that every part of one cluster agrees on."""
+
+    pod_cidr: IPv4Network = DEFAULT_POD_CIDR
+    service_cidr: IPv4Network = DEFAULT_SERVICE_CIDR
+    node_port_range: tuple[int, int] = DEFAULT_NODE_PORT_RANGE  # first and last port, both included
+    domain: str = DEFAULT_DOMAIN
+    dns: IPv4Address = DEFAULT_SERVICE_CIDR[DNS_OFFSET]

@@ -1,0 +1,245 @@
+"""A scenario: a topology, and steps that change a cluster or say what must be seen in it.
+
+A step is one of a closed set of classes; whoever runs a scenario matches on the class. Every step knows where it was
+written, so that a failure can point at its line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from testbed.model.topology import Topology
+
+# Modes that pick the endpoint of each new connection at random; the others take turns (ipvs: scheduler rr).
+RANDOM_MODES = frozenset({"iptables", "nftables"})
+# Fewer answers than this make a statement about randomness too weak to tell a bug from bad luck.
+MIN_RANDOM_SAMPLE = 300
+
+DEFAULT_WAIT_S = 60.0
+DEFAULT_EXPECT_WITHIN_S = 5.0  # long enough for a change to reach the rules of every node
+DEFAULT_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """Objects of one namespace ('' for cluster-wide kinds): by ``name``, or by ``labels`` when the name is ''.
+
+    Pods are also found by the name of the workload that made them: ``dev/web`` is a pod of Deployment ``web``.
+    """
+
+    namespace: str
+    name: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        what = self.name or ",".join(f"{key}={value}" for key, value in self.labels)
+        return f"{self.namespace}/{what}" if self.namespace else what
+
+
+Place = str | Selector
+"""Where something happens: the name of a node or outside host, or a pod. Of several pods, the first ready one by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRef:
+    """One object; ``resource`` is a `Resource.key`."""
+
+    resource: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.resource} {self.namespace}/{self.name}" if self.namespace else f"{self.resource} {self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBase:
+    """What every step has."""
+
+    file: str
+    line: int
+    title: str  # for people: what is done or expected
+    modes: tuple[str, ...] = ()  # proxy modes it runs in; () for all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyStep(StepBase):
+    """Create or update the objects of these files, in order."""
+
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteStep(StepBase):
+    """Delete the objects of these files (in reverse order), and these objects."""
+
+    files: tuple[Path, ...] = ()
+    objects: tuple[ObjectRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleStep(StepBase):
+    """Set the replicas of a Deployment or ReplicaSet; with ``within_s``, wait until that many pods are ready."""
+
+    object: ObjectRef
+    replicas: int
+    within_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecStep(StepBase):
+    """Run a program somewhere. With ``within_s`` above 0 it is run again until it does what is expected."""
+
+    where: Place
+    argv: tuple[str, ...]
+    prints: str | None = None  # a part of what it writes to standard output
+    status: int = 0
+    within_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KubectlStep(StepBase):
+    """Run kubectl with these arguments."""
+
+    argv: tuple[str, ...]
+    prints: str | None = None
+    status: int = 0
+    within_s: float = 0.0
+
+
+class Condition(Enum):
+    """What to wait for."""
+
+    AVAILABLE = "available"  # every replica is updated and available
+    READY = "ready"  # condition Ready is True
+    RUNNING = "running"  # phase Running
+    SUCCEEDED = "succeeded"  # phase Succeeded, or a Job that is complete
+    DELETED = "deleted"  # no such object
+    ENDPOINTS = "endpoints"  # a Service has ready endpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitStep(StepBase):
+    """Wait until the selected objects are in a condition; with ``count``, exactly that many (endpoints: that many addresses)."""
+
+    resource: str  # a Resource.key
+    selector: Selector
+    condition: Condition
+    count: int | None = None
+    within_s: float = DEFAULT_WAIT_S
+
+
+class Protocol(Enum):
+    """How an expectation asks."""
+
+    HTTP = "http"
+    HTTPS = "https"
+    TCP = "tcp"
+    UDP = "udp"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One question over the network. Each is a connection of its own (UDP: a socket of its own)."""
+
+    protocol: Protocol
+    host: str  # an address or a name, resolved where the request starts
+    port: int
+    path: str = ""  # HTTP: path and query
+    headers: tuple[tuple[str, str], ...] = ()
+    send: str | None = None  # what to write (HTTP: the body of a POST)
+    patience_s: float = DEFAULT_PATIENCE_S  # how long to wait for the answer
+
+    def __str__(self) -> str:
+        if self.protocol in (Protocol.HTTP, Protocol.HTTPS):
+            default_port = 80 if self.protocol is Protocol.HTTP else 443
+            port = "" if self.port == default_port else f":{self.port}"
+            return f"{self.protocol.value}://{self.host}{port}{self.path}"
+        return f"{self.protocol.value} {self.host}:{self.port}"
+
+
+class Share(Enum):
+    """How answers are shared out among pods."""
+
+    ANY = "any"  # every answer is from one of the pods
+    ONE = "one"  # exactly one pod is selected, and every answer is from it
+    EACH = "each"  # every pod answers at least once, and nobody else does
+    SAME = "same"  # every answer is from one and the same pod (session affinity)
+
+
+class Spread(Enum):
+    """How evenly each pod answers. Sampled once, never retried."""
+
+    EVEN = "even"  # modes that take turns: counts differ by at most one; random modes: chi-square p > 1e-6
+    EXACT = "exact"  # counts differ by at most one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredBy:
+    """Which pods answer, and in which shares."""
+
+    pods: Selector
+    share: Share = Share.ANY
+    spread: Spread | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectStep(StepBase):
+    """Ask ``times`` times from ``where``, and say what is seen. ``refused`` and ``timeout`` hold for every request."""
+
+    where: Place
+    request: Request
+    times: int = 1
+    status: int | None = None
+    body: str | None = None  # a part of the answer
+    answered_by: AnsweredBy | None = None
+    sees_client: IPv4Address | Place | None = None  # the client's address as the server sees it
+    refused: bool = False
+    timeout: bool = False
+    within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
+
+    @property
+    def is_statistical(self) -> bool:
+        """Sampled once and never retried: repeating until luck strikes would prove nothing."""
+        return self.answered_by is not None and self.answered_by.spread is not None
+
+
+class FaultAction(Enum):
+    """What to break, or mend."""
+
+    KILL = "kill"  # SIGKILL to a pod's programs
+    STOP = "stop"  # SIGSTOP
+    START = "start"  # SIGCONT
+    LINK_DOWN = "link down"
+    LINK_UP = "link up"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultStep(StepBase):
+    """Break something: the selected pods (with ``node``: those on it), or the LAN link of machine ``node``."""
+
+    action: FaultAction
+    pods: Selector | None = None
+    node: str = ""
+
+
+Step = ApplyStep | DeleteStep | ScaleStep | ExecStep | KubectlStep | WaitStep | ExpectStep | FaultStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A checked scenario file."""
+
+    name: str
+    file: Path
+    topology: Topology
+    topology_file: Path
+    proxy_modes: tuple[str, ...]  # at least one: the topology's own when the file names none
+    steps: tuple[Step, ...]
+
+    def steps_for(self, mode: str) -> tuple[Step, ...]:
+        """Return the steps that run in a proxy mode, in order."""
+        return tuple(step for step in self.steps if not step.modes or mode in step.modes)
