@@ -1,0 +1,135 @@
+"""What a proxy knows of Services and EndpointSlices, and which service ports changed since it last looked.
+
+Decoding is per object and kept, so a change costs what changed. Identity is meaningful: a service port or an endpoint
+tuple that did not change stays the same object, which is what renderers use to keep their output.
+
+Source: kubernetes pkg/proxy/{servicechangetracker,endpointschangetracker}.go (v1.30).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from testbed.dataplane.iptables import ProxyState
+from testbed.model.objects import Object, name_of, namespace_of
+from testbed.model.service import (
+    Endpoint,
+    ServicePort,
+    ServicePortName,
+    parse_endpoint_slices,
+    parse_service,
+    service_of_slice,
+)
+
+_Name = tuple[str, str]
+_T = TypeVar("_T")
+
+
+class ChangeTracker:
+    """Services and EndpointSlices as last heard of, on behalf of one node."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._services: dict[_Name, Object] = {}
+        self._slices: dict[_Name, dict[_Name, Object]] = {}  # service -> slice -> object
+        self._slice_owner: dict[_Name, _Name] = {}
+        self._dirty_services: set[_Name] = set()
+        self._dirty_endpoints: set[_Name] = set()
+        self._ports_of: dict[_Name, dict[ServicePortName, ServicePort]] = {}
+        self._endpoints_of: dict[_Name, dict[ServicePortName, tuple[Endpoint, ...]]] = {}
+        self._all_ports: dict[ServicePortName, ServicePort] = {}
+        self._all_endpoints: dict[ServicePortName, tuple[Endpoint, ...]] = {}
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._dirty_services or self._dirty_endpoints)
+
+    @property
+    def pending(self) -> tuple[int, int]:
+        """Services and endpoint lists waiting to be taken in."""
+        return len(self._dirty_services), len(self._dirty_endpoints)
+
+    def set_service(self, obj: Object) -> None:
+        name = (namespace_of(obj), name_of(obj))
+        self._services[name] = obj
+        self._dirty_services.add(name)
+
+    def delete_service(self, namespace: str, name: str) -> None:
+        if self._services.pop((namespace, name), None) is not None:
+            self._dirty_services.add((namespace, name))
+
+    def set_slice(self, obj: Object) -> None:
+        name, owner = (namespace_of(obj), name_of(obj)), service_of_slice(obj)
+        if self._slice_owner.get(name) != owner:
+            self.delete_slice(*name)  # its service-name label changed
+        if owner is None:
+            return
+        self._slice_owner[name] = owner
+        self._slices.setdefault(owner, {})[name] = obj
+        self._dirty_endpoints.add(owner)
+
+    def delete_slice(self, namespace: str, name: str) -> None:
+        owner = self._slice_owner.pop((namespace, name), None)
+        if owner is not None:
+            del self._slices[owner][namespace, name]
+            if not self._slices[owner]:
+                del self._slices[owner]
+            self._dirty_endpoints.add(owner)
+
+    def replace_services(self, objects: Iterable[Object]) -> None:
+        """Take a complete list: what is not in it is gone."""
+        listed = {(namespace_of(obj), name_of(obj)): obj for obj in objects}
+        for name in self._services.keys() - listed.keys():
+            self.delete_service(*name)
+        for name, obj in listed.items():
+            if self._services.get(name) != obj:
+                self.set_service(obj)
+
+    def replace_slices(self, objects: Iterable[Object]) -> None:
+        """Take a complete list: what is not in it is gone."""
+        listed = {(namespace_of(obj), name_of(obj)): obj for obj in objects}
+        for name in self._slice_owner.keys() - listed.keys():
+            self.delete_slice(*name)
+        for name, obj in listed.items():
+            owner = self._slice_owner.get(name)
+            if owner is None or self._slices[owner].get(name) != obj:
+                self.set_slice(obj)
+
+    def take(self) -> tuple[ProxyState, frozenset[ServicePortName]]:
+        """Return the state now and the service ports whose Service or endpoints changed since the last call."""
+        changed: set[ServicePortName] = set()
+        for owner in self._dirty_services:
+            obj = self._services.get(owner)
+            after = {port.name: port for port in parse_service(obj)} if obj is not None else {}
+            _merge(self._ports_of, self._all_ports, owner, after, changed)
+        for owner in self._dirty_endpoints:
+            slices = self._slices.get(owner, {})
+            found = parse_endpoint_slices((slices[name] for name in sorted(slices)), self._node)
+            _merge(self._endpoints_of, self._all_endpoints, owner, found, changed)
+        self._dirty_services.clear()
+        self._dirty_endpoints.clear()
+        state = ProxyState(services=dict(self._all_ports), endpoints=dict(self._all_endpoints))
+        return state, frozenset(changed)
+
+
+def _merge(
+    per_owner: dict[_Name, dict[ServicePortName, _T]],
+    together: dict[ServicePortName, _T],
+    owner: _Name,
+    after: dict[ServicePortName, _T],
+    changed: set[ServicePortName],
+) -> None:
+    """Replace what one Service contributes, keeping the objects that are equal to their predecessors."""
+    before = per_owner.pop(owner, {})
+    for name in before.keys() - after.keys():
+        del together[name]
+        changed.add(name)
+    for name, value in after.items():
+        if name in before and before[name] == value:
+            after[name] = before[name]
+        else:
+            together[name] = value
+            changed.add(name)
+    if after:
+        per_owner[owner] = after
