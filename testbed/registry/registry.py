@@ -1,0 +1,378 @@
+"""Create, update, patch and delete objects as a Kubernetes API server does, on top of the `Store`.
+
+::
+
+    object ─▶ decode (types, copies) ─▶ prepare (system fields) ─▶ default ─▶ allocate ─▶ validate ─▶ Store
+                                        └──────────── the kind's `Strategy` ───────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from testbed.errors import ApiError, Cause
+from testbed.manifests import kinds
+from testbed.manifests.kinds.names import NAME_ALPHABET, path_segment_problems
+from testbed.model.cluster import ClusterConfig
+from testbed.model.json_values import merge_patch
+from testbed.model.objects import BY_KEY, BY_KIND, Object, Resource
+from testbed.registry.strategies import STRATEGIES, Strategy
+from testbed.store import Store, already_exists, conflict, not_found
+
+#: Upstream's NamespaceLifecycle admission refuses to delete these.
+PROTECTED_NAMESPACES = frozenset({"default", "kube-system", "kube-public"})
+_MAX_GENERATED_PREFIX = 58  # names.go: 63 less the five characters that are added
+_GENERATE_ATTEMPTS = 8
+
+
+class Registry:
+    """The objects of one cluster, and the rules for changing them.
+
+    Args:
+        now: The time as RFC 3339 with seconds.
+        pick: ``pick(n)`` returns a number from 0 to n-1; chance for generated names and dynamic allocation.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: ClusterConfig,
+        *,
+        now: Callable[[], str],
+        new_uid: Callable[[], str],
+        pick: Callable[[int], int],
+    ) -> None:
+        self.store = store
+        self.config = config
+        self._now = now
+        self._pick = pick
+        self._strategies: dict[str, Strategy] = {
+            resource.key: STRATEGIES.get(resource.key, Strategy)(resource, self.store, self.config, pick)
+            for resource in BY_KEY.values()
+        }
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def get(self, resource: str, namespace: str, name: str) -> Object:
+        """Return the stored object itself; raise ApiError 404 with Kubernetes' text."""
+        found = self.store.get(_known(resource).key, namespace, name)
+        if found is None:
+            raise not_found(resource, name)
+        return found
+
+    def list(self, resource: str, namespace: str | None = None) -> list[Object]:
+        """Return the objects of one namespace, or of all, sorted by namespace and name."""
+        return self.store.list(_known(resource).key, namespace)
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def create(self, resource: str, obj: Object, *, dry_run: bool = False) -> Object:
+        """Store a new object and return it as stored: defaulted, with allocated addresses and system fields.
+
+        Raises:
+            ApiError: 400, 403, 404 (namespace), 409 or 422 with Kubernetes' text; then nothing is stored.
+        """
+        kind = _known(resource)
+        strategy = self._strategies[resource]
+        new = self._decode(kind, obj)
+        metadata = new["metadata"]
+        for field in (
+            "uid",
+            "resourceVersion",
+            "creationTimestamp",
+            "deletionTimestamp",
+            "deletionGracePeriodSeconds",
+            "selfLink",
+        ):
+            metadata.pop(field, None)
+        metadata.pop("managedFields", None)
+        self._settle_namespace(kind, metadata)
+        generated = not metadata.get("name") and bool(metadata.get("generateName"))
+        if generated:
+            metadata["name"] = self._generate_name(kind, metadata)
+        self._check_namespace(kind, metadata)
+        strategy.prepare_for_create(new)
+        kinds.default_in_place(new)
+        _refuse_if(kind, metadata.get("name", ""), [*kinds.validate_decoded(new), *strategy.validate_create(new)])
+        name, namespace = metadata["name"], metadata.get("namespace", "")
+        if self.store.get(resource, namespace, name) is not None:
+            raise already_exists(resource, name)
+        release = strategy.allocate(None, new)
+        if dry_run:
+            release()
+            return {**new, "metadata": {**metadata, "uid": "", "creationTimestamp": self._now()}}
+        return self.store.create(resource, new)
+
+    def update(self, resource: str, obj: Object, *, subresource: str = "", dry_run: bool = False) -> Object:
+        """Replace an object and return what is stored now.
+
+        With subresource ``status`` only the status changes; with ``""`` everything but the status; ``finalize`` (of
+        namespaces) sets spec.finalizers.
+
+        Raises:
+            ApiError: 400, 404, 409 (stale resourceVersion), 422 with Kubernetes' text; then nothing is stored.
+        """
+        kind = _known(resource)
+        strategy = self._strategies[resource]
+        new = self._decode(kind, obj)
+        metadata = new["metadata"]
+        self._settle_namespace(kind, metadata)
+        name = metadata.get("name", "")
+        current = self.get(resource, metadata.get("namespace", ""), name)
+        was = current["metadata"]
+        if metadata.get("resourceVersion") not in (None, "", was["resourceVersion"]):
+            raise conflict(resource, name)
+        if metadata.get("uid") not in (None, "", was["uid"]):
+            raise conflict(
+                resource,
+                name,
+                f"StorageError: invalid object, Code: 4, Key: /registry/{kind.plural}/{name}, ResourceVersion: 0, AdditionalErrorMsg: "
+                f"Precondition failed: UID in precondition: {metadata['uid']}, UID in object meta: {was['uid']}",
+            )
+        if subresource == "status":
+            new = _with_status_of(current, new)
+        elif subresource == "finalize":
+            new = {
+                **current,
+                "spec": {**current.get("spec", {}), "finalizers": new.get("spec", {}).get("finalizers", [])},
+            }
+        elif subresource:
+            raise ApiError(404, "NotFound", "the server could not find the requested resource")
+        else:
+            for field in (
+                "creationTimestamp",
+                "deletionTimestamp",
+                "deletionGracePeriodSeconds",
+                "generateName",
+                "generation",
+                "selfLink",
+            ):
+                metadata.pop(field, None)
+                if field in was:
+                    metadata[field] = was[field]
+            metadata.pop("managedFields", None)
+            metadata["uid"], metadata["resourceVersion"] = was["uid"], was["resourceVersion"]
+            strategy.prepare_for_update(current, new)
+            kinds.default_in_place(new)
+        causes = kinds.validate_decoded(new) if not subresource else kinds.validate_status(new)
+        if not subresource:
+            causes = [*causes, *strategy.validate_update(current, new)]
+        _refuse_if(kind, name, causes)
+        release = strategy.allocate(current, new) if not subresource else _nothing
+        if dry_run:
+            release()
+            return new
+        stored = self.store.update(resource, new)
+        return self._finish_deletion(kind, stored)
+
+    def patch(
+        self, resource: str, namespace: str, name: str, patch: Object, *, subresource: str = "", dry_run: bool = False
+    ) -> Object:
+        """Apply a JSON merge patch (RFC 7386) and return what is stored now. Retries nothing."""
+        if not isinstance(patch, dict):
+            raise bad_request("json: cannot unmarshal the patch into a JSON object")
+        current = self.get(resource, namespace, name)
+        new = merge_patch(current, patch)
+        new_metadata = new.get("metadata")
+        if not isinstance(new_metadata, dict) or new_metadata.get("name") != name:
+            raise bad_request("the name of the object cannot be changed by a patch")
+        if new_metadata.get("namespace", "") != namespace:
+            raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
+        return self.update(resource, new, subresource=subresource, dry_run=dry_run)
+
+    def delete(
+        self,
+        resource: str,
+        namespace: str,
+        name: str,
+        *,
+        grace_s: int | None = None,
+        uid: str = "",
+        resource_version: str = "",
+        dry_run: bool = False,
+    ) -> Object:
+        """Delete an object, or begin to: a pod gets its grace period, a namespace and finalizers hold theirs back.
+
+        Returns:
+            The last state if it is gone, else the state that says it is terminating.
+
+        Raises:
+            ApiError: 404; 409 when ``uid`` or ``resource_version`` is given and another; 403 for namespaces that stay.
+        """
+        kind = _known(resource)
+        current = self.get(resource, namespace, name)
+        metadata = current["metadata"]
+        for given, field, words in ((uid, "uid", "UID"), (resource_version, "resourceVersion", "ResourceVersion")):
+            if given and given != metadata[field]:
+                raise conflict(
+                    resource,
+                    name,
+                    f"Precondition failed: {words} in precondition: {given}, {words} in object meta: {metadata[field]}",
+                )
+        if kind.key == "namespaces":
+            if name in PROTECTED_NAMESPACES:
+                raise forbidden(kind, name, "this namespace may not be deleted")
+            held = bool(metadata.get("finalizers") or current.get("spec", {}).get("finalizers"))
+            grace = 0
+        else:
+            held = bool(metadata.get("finalizers"))
+            grace = _pod_grace_s(current, grace_s) if kind.key == "pods" else 0
+        already = metadata.get("deletionGracePeriodSeconds") if "deletionTimestamp" in metadata else None
+        if dry_run:
+            return current
+        if not held and grace == 0:
+            return self._remove(kind, current)
+        if already is not None and already <= grace:
+            return current  # it is on its way, and no sooner end was asked for
+        when = (datetime.fromisoformat(self._now()) + timedelta(seconds=grace)).astimezone(UTC)
+        terminating = {
+            **current,
+            "metadata": {
+                **metadata,
+                "deletionTimestamp": when.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                "deletionGracePeriodSeconds": grace,
+            },
+        }
+        if "generation" in metadata:
+            terminating["metadata"]["generation"] = metadata["generation"] + 1
+        if kind.key == "namespaces":
+            terminating["status"] = {**current.get("status", {}), "phase": "Terminating"}
+        return self.store.update(resource, terminating)
+
+    def finalize_namespace(self, name: str) -> Object:
+        """Let a terminating namespace go: the namespace controller calls this once the namespace is empty."""
+        current = self.get("namespaces", "", name)
+        spec = {**current.get("spec", {}), "finalizers": []}
+        return self.update("namespaces", {**current, "spec": spec}, subresource="finalize")
+
+    # --- the rules behind --------------------------------------------------------------------------------------------
+
+    def _decode(self, kind: Resource, obj: Object) -> Object:
+        if not isinstance(obj, dict):
+            raise bad_request("the object provided is not a JSON object")
+        if not isinstance(obj.get("metadata"), dict):
+            obj = {**obj, "metadata": {}}
+        given = (obj.get("apiVersion") or kind.api_version, obj.get("kind") or kind.kind)
+        if given != (kind.api_version, kind.kind):
+            raise bad_request(
+                f"the API version in the data ({given[0]}) does not match the expected API version ({kind.api_version})"
+                if given[0] != kind.api_version
+                else f"{given[1]} in version {given[0]!r} cannot be handled as a {kind.kind}: the kind does not match"
+            )
+        new, problems = kinds.decode(
+            {
+                "apiVersion": kind.api_version,
+                "kind": kind.kind,
+                **obj,
+            }
+        )
+        if problems:
+            raise bad_request(
+                f'{kind.kind} in version "{kind.version}" cannot be handled as a {kind.kind}: {problems[0]}'
+            )
+        new["apiVersion"], new["kind"] = given
+        return new
+
+    @staticmethod
+    def _settle_namespace(kind: Resource, metadata: Object) -> None:
+        if not kind.namespaced:
+            metadata.pop("namespace", None)
+        elif not metadata.get("namespace"):
+            metadata["namespace"] = "default"
+
+    def _check_namespace(self, kind: Resource, metadata: Object) -> None:
+        if not kind.namespaced:
+            return
+        namespace = metadata["namespace"]
+        found = self.store.get("namespaces", "", namespace)
+        if found is None:
+            raise not_found("namespaces", namespace)
+        if "deletionTimestamp" in found["metadata"]:
+            because = f"unable to create new content in namespace {namespace} because it is being terminated"
+            cause = Cause("metadata.namespace", f"namespace {namespace} is being terminated", "NamespaceTerminating")
+            raise forbidden(kind, metadata.get("name", ""), because, [cause])
+
+    def _generate_name(self, kind: Resource, metadata: Object) -> str:
+        prefix = str(metadata["generateName"])[:_MAX_GENERATED_PREFIX]
+        for _ in range(_GENERATE_ATTEMPTS):
+            name = prefix + "".join(NAME_ALPHABET[self._pick(len(NAME_ALPHABET))] for _ in range(5))
+            if self.store.get(kind.key, metadata.get("namespace", ""), name) is None:
+                break
+        return name
+
+    def _remove(self, kind: Resource, current: Object) -> Object:
+        metadata = current["metadata"]
+        last = self.store.delete(kind.key, metadata.get("namespace", ""), metadata["name"])
+        self._strategies[kind.key].release(last)
+        return last
+
+    def _finish_deletion(self, kind: Resource, stored: Object) -> Object:
+        """Remove what was only waiting for its finalizers, now that the last one is gone."""
+        metadata = stored["metadata"]
+        waiting = (
+            "deletionTimestamp" not in metadata
+            or metadata.get("finalizers")
+            or metadata.get("deletionGracePeriodSeconds")
+            or (kind.key == "namespaces" and stored.get("spec", {}).get("finalizers"))
+        )
+        return stored if waiting else self._remove(kind, stored)
+
+
+def _nothing() -> None:
+    """Release nothing."""
+
+
+def _known(resource: str) -> Resource:
+    kind = BY_KEY.get(resource)
+    if kind is None:
+        raise ApiError(404, "NotFound", "the server could not find the requested resource")
+    return kind
+
+
+def _with_status_of(current: Object, new: Object) -> Object:
+    merged = (
+        {**current, "status": new["status"]} if "status" in new else {k: v for k, v in current.items() if k != "status"}
+    )
+    return merged
+
+
+def _pod_grace_s(pod: Object, asked: int | None) -> int:
+    """Return how long a pod may take to end. One that no kubelet runs, or that has ended, needs no time.
+
+    Source: kubernetes pkg/registry/core/pod/strategy.go, CheckGracefulDelete (v1.30).
+    """
+    if not pod.get("spec", {}).get("nodeName") or pod.get("status", {}).get("phase") in ("Succeeded", "Failed"):
+        return 0
+    if asked is not None:
+        return max(asked, 0)
+    return int(pod["spec"].get("terminationGracePeriodSeconds", 30))
+
+
+def bad_request(message: str) -> ApiError:
+    """Return the 400 of Kubernetes."""
+    return ApiError(400, "BadRequest", message)
+
+
+def forbidden(kind: Resource, name: str, why: str, causes: Sequence[Cause] = ()) -> ApiError:
+    """Return the 403 of Kubernetes: ``namespaces "default" is forbidden: …``."""
+    details = {"name": name, "kind": kind.plural, **({"group": kind.group} if kind.group else {})}
+    return ApiError(403, "Forbidden", f'{kind.key} "{name}" is forbidden: {why}', causes=causes, details=details)
+
+
+def invalid(kind: Resource, name: str, causes: Sequence[Cause]) -> ApiError:
+    """Return the 422 of Kubernetes: one problem in one line, several in brackets; the causes carry each."""
+    unique = list(dict.fromkeys(causes))  # as upstream's ToAggregate
+    text = str(unique[0]) if len(unique) == 1 else f"[{', '.join(map(str, unique))}]"
+    details = {"name": name, "kind": kind.kind, **({"group": kind.group} if kind.group else {})}
+    return ApiError(
+        422, "Invalid", f'{kind.qualified_kind} "{name}" is invalid: {text}', causes=causes, details=details
+    )
+
+
+def _refuse_if(kind: Resource, name: str, causes: Sequence[Cause]) -> None:
+    if causes:
+        raise invalid(kind, name, causes)
+
+
+__all__ = ["BY_KIND", "Registry", "bad_request", "forbidden", "invalid", "path_segment_problems"]
