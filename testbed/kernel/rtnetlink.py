@@ -25,10 +25,10 @@ from testbed.errors import KernelError
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 0x100, 0x200, 0x400
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
-_RTM_NEWADDR, _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 24, 25, 28, 29
+_RTM_NEWLINK, _RTM_GETLINK = 16, 18
+_RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 24, 28, 29
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_PROTINFO = 1, 3, 4, 10, 12
-_IFLA_LINKINFO, _IFLA_NET_NS_FD, _IFLA_OPERSTATE = 18, 28, 16
+_IFLA_LINKINFO, _IFLA_NET_NS_FD = 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFLA_BRPORT_MODE = 4  # hairpin
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE = 1, 5
@@ -101,12 +101,12 @@ def add_veth(
     name: str, index: int, peer_name: str, peer_index: int, peer_namespace_fd: int, *,
     peer_mac: str, mac: str = "", master: int = 0, mtu_bytes: int = 1500,
 ) -> Request:  # fmt: skip
-    """Make a pair: one end here (up, a port of bridge ``master`` if given), the other in another namespace (up).
+    """Make a pair: one end here (up, a port of bridge ``master`` if given), the other in another namespace.
 
-    Both indexes are chosen by the caller, so that the requests that follow in the same batch can name them.
+    The other end stays down: veth refuses to come up (ENOTCONN) before both ends know each other. Both indexes are chosen by the caller, so that the requests that follow in the same batch can name them.
     """
     peer = (
-        _ifinfo(peer_index, up=True)
+        _ifinfo(peer_index)
         + _text(_IFLA_IFNAME, peer_name)
         + _attribute(_IFLA_ADDRESS, mac_bytes(peer_mac))
         + _number(_IFLA_MTU, mtu_bytes)
@@ -138,10 +138,6 @@ def add_bridge(name: str, index: int, *, mac: str, mtu_bytes: int = 1500) -> Req
 
 def set_link(index: int, *, up: bool) -> Request:
     return Request(_RTM_NEWLINK, 0, _ifinfo(index, up=up), f"set link {index} {'up' if up else 'down'}")
-
-
-def delete_link(index: int) -> Request:
-    return Request(_RTM_DELLINK, 0, _ifinfo(index), f"delete link {index}", frozenset({errno.ENODEV}))
 
 
 def set_hairpin(index: int) -> Request:

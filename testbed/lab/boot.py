@@ -1,0 +1,73 @@
+"""The lab's first own process, below tini: forks the control process and becomes the spawner.
+
+Started as ``python -m testbed.lab.boot FD``: the descriptor holds a pickled `LabRequest`. Only the standard library and
+Mininet are loaded here, because every pod's process is forked from this one and carries what it has loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import traceback
+
+from testbed.errors import TestbedError
+from testbed.kernel import linux
+from testbed.lab.request import LabRequest, report
+from testbed.lab.spawner import Spawner
+
+
+def main() -> int:
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        request: LabRequest = pickle.loads(file.read())  # noqa: S301  # written by the process that started us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        _be_control(request, theirs)
+    theirs.close()
+    return _be_spawner(request, ours)
+
+
+def _be_control(request: LabRequest, spawner: socket.socket) -> None:
+    status = 1
+    try:
+        linux.set_process_name("control")
+        linux.set_parent_death_signal(signal.SIGKILL)
+        from testbed.lab.control import run_control
+
+        run_control(request, spawner)
+        status = 0
+    except TestbedError as error:
+        report(request.progress_fd, error=str(error), status=error.exit_status)
+    except BaseException as error:
+        traceback.print_exc()
+        report(request.progress_fd, error=f"the control process failed: {error!r}; see {request.folder}/lab.log", status=3)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _be_spawner(request: LabRequest, control: socket.socket) -> int:
+    linux.set_process_name("spawner")
+    try:
+        spawner = Spawner(request.topology, request.folder, control)
+        spawner.network.build_topology()
+        report(request.progress_fd, phase="network")
+        # The control process reports from here on; holding the pipe would hide its death from whoever waits.
+        os.close(request.progress_fd)
+        lifeline = [request.lifeline_fd] if request.lifeline_fd >= 0 else []
+        spawner.serve(socket.socket(fileno=request.listener_fd), until=lifeline)
+    except TestbedError as error:
+        report(request.progress_fd, error=str(error), status=error.exit_status)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

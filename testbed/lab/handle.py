@@ -1,0 +1,128 @@
+"""A running lab as command lines and scenarios see it: its API, and its places to run things in."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from testbed.api.client import ApiClient
+from testbed.errors import LabError, TestbedError
+from testbed.kernel.processes import Completed, Target, call_in, run_in
+from testbed.lab.folder import LabRecord, find_record, state_root
+from testbed.lab.frames import request
+from testbed.model.topology import Topology
+
+T = TypeVar("T")
+
+
+class Lab(AbstractContextManager["Lab"]):
+    """A running lab. As a context manager it gives back its connections; an attached lab then ends."""
+
+    def __init__(self, folder: Path, pid: int, topology: Topology | None = None, *, lifeline: int = -1) -> None:
+        self.folder = folder
+        self.pid = pid
+        self.api = ApiClient(str(folder / "api" / "api.sock"))
+        self._topology = topology
+        self._lifeline = lifeline
+
+    @classmethod
+    def find(cls, name: str | None) -> Lab:
+        """Return the named lab, or the only one; LabError otherwise."""
+        return cls.of(find_record(name))
+
+    @classmethod
+    def of(cls, record: LabRecord) -> Lab:
+        return cls(state_root() / record.name, record.pid)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def topology(self) -> Topology:
+        if self._topology is None:
+            self._topology = self._ask("topology")
+        return self._topology
+
+    def detach(self) -> None:
+        """Let the lab live on when this process ends."""
+        if self._lifeline >= 0:
+            self._ask("detach")
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.api.close()
+        if self._lifeline >= 0:
+            from testbed.lab.folder import list_records
+            from testbed.lab.start import end_process_tree
+
+            end_process_tree(self.pid, self.name)
+            os.close(self._lifeline)
+            self._lifeline = -1
+            list_records()
+
+    # -- places ----------------------------------------------------------------------------------------------------
+
+    def target(self, where: str) -> Target:
+        """Return a node, an outside host or NAMESPACE/POD[/CONTAINER] as a place to run things; close it after use.
+
+        Raises:
+            InputError: there is no such place; the message lists those there are.
+            NotPresent: the pod has no running container.
+        """
+        answer, fds = self._ask_with_fds("target", where=where)
+        found: Target = answer
+        return replace(found, pidfd=fds[0])
+
+    def call(self, where: str, function: Callable[..., T], *args: Any, timeout_s: float) -> T:
+        """Return ``function(*args)`` as seen from inside a place (`processes.call_in`)."""
+        target = self.target(where)
+        try:
+            return call_in(target, function, *args, timeout_s=timeout_s)
+        finally:
+            target.close()
+
+    def run(self, where: str, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
+        """Run a program in a place and collect what it writes (`processes.run_in`)."""
+        target = self.target(where)
+        if not target.env:
+            target = replace(target, env=dict(os.environ))
+        try:
+            return run_in(target, argv, stdin=stdin, timeout_s=timeout_s)
+        finally:
+            target.close()
+
+    def set_link(self, where: str, up: bool) -> None:
+        """Plug or unplug the LAN link of a node or outside host."""
+        self._ask("set_link", where=where, up=up)
+
+    def signal_pod(self, namespace: str, name: str, signal_number: int) -> None:
+        """Send a signal to the first process of each of a pod's containers."""
+        self._ask("signal_pod", pod=f"{namespace}/{name}", signal_number=signal_number)
+
+    def run_cli(self, fds: Sequence[int] = (0, 1, 2)) -> int:
+        """Run Mininet's CLI on the given terminal; return its exit status."""
+        return int(self._ask_with_fds("cli", fds)[0])
+
+    # -- the spawner -----------------------------------------------------------------------------------------------
+
+    def _ask(self, operation: str, **arguments: Any) -> Any:
+        return self._ask_with_fds(operation, **arguments)[0]
+
+    def _ask_with_fds(self, operation: str, fds: Sequence[int] = (), **arguments: Any) -> tuple[Any, list[int]]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            try:
+                connection.connect(str(self.folder / "spawner.sock"))
+            except OSError as error:
+                raise LabError(f"lab {self.name!r} does not answer: {error.strerror}; is it still running? see `testbed ls`") from error
+            (_, value), received = request(connection, (0, operation, arguments), fds)
+        if isinstance(value, TestbedError | OSError):
+            raise value
+        return value, received

@@ -1,0 +1,110 @@
+"""The kubelets' runtime: requests to the spawner, from inside the control process's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address
+from typing import Any
+
+from testbed.errors import LabError
+from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, SandboxSpec
+from testbed.lab.frames import FrameReader, send_frame
+
+
+class SpawnerRuntime:
+    """Implements `kubelet.runtime.Runtime`. Made inside a running event loop."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._reader = FrameReader(connection)
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[tuple[Any, list[int]]]] = {}
+        self._ends: dict[str, asyncio.Future[ExitStatus]] = {}
+        self._loop = asyncio.get_running_loop()
+        self.gone = self._loop.create_future()
+        self._loop.add_reader(connection, self._read)
+
+    async def create_sandbox(self, spec: SandboxSpec) -> None:
+        await self._ask("create_sandbox", spec=spec)
+
+    async def remove_sandbox(self, pod_uid: str) -> None:
+        await self._ask("remove_sandbox", pod_uid=pod_uid)
+
+    async def update_volume(self, pod_uid: str, volume: str, files: Mapping[str, str]) -> None:
+        await self._ask("update_volume", pod_uid=pod_uid, volume=volume, files=dict(files))
+
+    async def start_container(self, spec: ContainerSpec) -> None:
+        self._ends[spec.container_id] = self._loop.create_future()
+        try:
+            await self._ask("start_container", spec=spec)
+        except BaseException:
+            del self._ends[spec.container_id]
+            raise
+
+    async def wait_container(self, container_id: str) -> ExitStatus:
+        return await asyncio.shield(self._ends[container_id])
+
+    async def signal_container(self, container_id: str, signal: int) -> None:
+        await self._ask("signal_container", container_id=container_id, signal_number=signal)
+
+    async def remove_container(self, container_id: str) -> None:
+        await self._ask("remove_container", container_id=container_id)
+        self._ends.pop(container_id, None)
+
+    async def exec(self, container_id: str, argv: Sequence[str], *, timeout_s: float) -> ExecResult:
+        answer: ExecResult = await self._ask("exec", container_id=container_id, argv=tuple(argv), timeout_s=timeout_s)
+        return answer
+
+    async def connect(self, node: str, address: IPv4Address, port: int, *, timeout_s: float) -> socket.socket:
+        _, fds = await self._ask_with_fds("connect", node=node)
+        made = socket.socket(fileno=fds[0])
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._loop.sock_connect(made, (str(address), port))
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    async def _ask(self, operation: str, **arguments: Any) -> Any:
+        return (await self._ask_with_fds(operation, **arguments))[0]
+
+    async def _ask_with_fds(self, operation: str, **arguments: Any) -> tuple[Any, list[int]]:
+        number = next(self._numbers)
+        future = self._waiting[number] = self._loop.create_future()
+        # The spawner always reads, so this blocks for no longer than it takes to do one request.
+        send_frame(self._connection, (number, operation, arguments))
+        value, fds = await future
+        if isinstance(value, Exception):
+            raise value
+        return value, fds
+
+    def _read(self) -> None:
+        try:
+            messages = self._reader.receive()
+        except ConnectionError:
+            messages = None
+        if messages is None:
+            self._loop.remove_reader(self._connection)
+            self.gone.set_result(None)
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(LabError("the spawner has died"))
+            return
+        for (number, value), fds in messages:
+            if number is None:
+                _, container_id, status = value
+                end = self._ends.get(container_id)
+                if end is not None and not end.done():
+                    end.set_result(status)
+                continue
+            waiting = self._waiting.pop(number)
+            if waiting.cancelled():
+                for fd in fds:
+                    os.close(fd)
+            else:
+                waiting.set_result((value, fds))

@@ -1,0 +1,232 @@
+"""Starting and stopping labs, from outside.
+
+A lab is begun in new network, mount, PID and UTS namespaces before anything else happens: the process that becomes its
+PID 1 (tini) is born in them. The host's own links, mounts, sysctls and routes are never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from testbed.errors import InputError, LabError, MissingFeature, TestbedError
+from testbed.kernel import linux
+from testbed.lab.folder import LabFolder, LabRecord, claim_folder, find_record, list_records
+from testbed.lab.handle import Lab
+from testbed.lab.request import LabRequest
+from testbed.model.topology import Topology
+
+READY_WITHIN_S = 60.0
+"""A lab takes a second or two; a loaded machine or a nested kernel some more."""
+
+_TOOLS = {
+    "tini": "tini",
+    "ip": "iproute2",
+    "iptables-restore": "iptables",
+    "nsenter": "util-linux",
+    "nginx": "nginx-light",
+    "conntrack": "conntrack",
+}
+"""Program -> Debian package, for what every lab needs."""
+
+
+def check_machine() -> None:
+    """Refuse to start where a lab cannot run.
+
+    Raises:
+        InputError: not root.
+        MissingFeature: tools that are missing, with the packages that have them.
+    """
+    if os.geteuid() != 0:
+        raise InputError("a lab needs root: run this command as root, or with sudo")
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        packages = " ".join(sorted({_TOOLS[tool] for tool in missing}))
+        raise MissingFeature(f"missing: {', '.join(missing)}; install with `apt-get install {packages}`, or run `./dev setup`")
+
+
+def start_lab(
+    topology: Topology, *, name: str, proxy_mode: str, attached: bool, on_progress: Callable[[str], None] = lambda _: None
+) -> Lab:  # fmt: skip
+    """Start a lab and return when kube-proxy has synced on every node.
+
+    Args:
+        attached: end the lab when this process ends, however it ends, unless it calls `Lab.detach` first.
+        on_progress: called with a word for each phase that was reached.
+
+    Raises:
+        LabError: a lab of that name is running, or it did not get ready; nothing of it is left.
+    """
+    check_machine()
+    folder = claim_folder(name)
+    try:
+        return _start(folder, topology, proxy_mode, attached, on_progress)
+    except BaseException:
+        folder.remove()
+        raise
+
+
+def _start(
+    folder: LabFolder, topology: Topology, proxy_mode: str, attached: bool, on_progress: Callable[[str], None]
+) -> Lab:  # fmt: skip
+    progress, progress_writer = os.pipe()
+    lifeline_reader, lifeline = os.pipe() if attached else (-1, -1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(folder.path / "spawner.sock"))
+        listener.listen(16)
+        request = LabRequest(
+            folder.name, str(folder.path), topology, proxy_mode, listener.fileno(), progress_writer, lifeline_reader
+        )
+        pid = _fork_first_process(folder, request)
+    os.close(progress_writer)
+    if lifeline_reader >= 0:
+        os.close(lifeline_reader)
+    try:
+        started = time.time()
+        names = tuple(node.name for node in topology.nodes)
+        folder.write_record(LabRecord(folder.name, pid, started, topology.name, names, proxy_mode))
+        _wait_until_ready(folder, progress, on_progress)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if lifeline >= 0:
+            os.close(lifeline)
+        raise
+    finally:
+        os.close(progress)
+    folder.unlock()
+    return Lab(folder.path, pid, topology, lifeline=lifeline)
+
+
+def _fork_first_process(folder: LabFolder, request: LabRequest) -> int:
+    """Fork the lab's PID 1; returns its pid as the host sees it."""
+    parameters = os.memfd_create("lab", 0)
+    os.write(parameters, pickle.dumps(request))
+    os.lseek(parameters, 0, os.SEEK_SET)
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        linux.unshare(linux.CLONE_NEWPID)  # of children only
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _be_first_process(folder, request, parameters)
+        finally:
+            linux.setns(own, linux.CLONE_NEWPID)
+    finally:
+        os.close(own)
+        os.close(parameters)
+    return pid
+
+
+def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -> NoReturn:
+    try:
+        os.setsid()
+        log = os.open(folder.path / "lab.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        null = os.open("/dev/null", os.O_RDONLY)
+        for source, number in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(source, number)
+        keep = [folder.lock_fd, parameters, request.listener_fd, request.progress_fd]
+        if request.lifeline_fd >= 0:
+            keep.append(request.lifeline_fd)
+        linux.close_descriptors_except(*keep)
+        for fd in keep:
+            os.set_inheritable(fd, True)
+        linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
+        # A systemd host's / is shared: without this our mounts would show up there.
+        linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
+        linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+        linux.mount("sysfs", "/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+        private = folder.path / "private"
+        private.mkdir(mode=0o700)
+        linux.mount("tmpfs", str(private), "tmpfs", linux.MS_NODEV, "mode=0700,nr_inodes=0")
+        linux.sethostname(folder.name)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+        os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        os.chdir("/")
+        os.execvp("tini", ["tini", "--", sys.executable, "-m", "testbed.lab.boot", str(parameters)])
+    except BaseException as error:
+        os.write(request.progress_fd, json.dumps({"error": f"could not isolate the lab: {error}", "status": 3}).encode())
+    finally:
+        os._exit(3)
+
+
+def _wait_until_ready(folder: LabFolder, progress: int, on_progress: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + READY_WITHIN_S
+    pending = b""
+    phase = "isolation"
+    while True:
+        if not select.select([progress], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise LabError(
+                f"lab {folder.name!r} was not ready within {READY_WITHIN_S:g} s; the last phase reached was {phase!r}"
+                f"{_end_of_log(folder)}"
+            )
+        data = os.read(progress, 65536)
+        if not data:
+            raise LabError(f"lab {folder.name!r} died while starting, after phase {phase!r}{_end_of_log(folder)}")
+        *lines, pending = (pending + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "error" in message:
+                raise _Refused(message["error"], message.get("status", 3))
+            if message.get("ready"):
+                return
+            phase = message["phase"]
+            on_progress(phase)
+
+
+class _Refused(TestbedError):
+    """What the lab's own processes said when they gave up."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+def _end_of_log(folder: LabFolder) -> str:
+    log = folder.path / "lab.log"
+    lines = log.read_text(errors="replace").splitlines()[-10:] if log.exists() else []
+    return "".join(f"\n    {line}" for line in lines)
+
+
+def stop_lab(name: str | None) -> str:
+    """End a lab and everything in it, and return its name.
+
+    Raises:
+        LabError: there is no such lab, or it did not end within 10 s.
+    """
+    record = find_record(name)
+    end_process_tree(record.pid, record.name)
+    list_records()  # removes the folder of every lab whose lock nobody holds any more
+    return record.name
+
+
+def end_process_tree(pid: int, name: str) -> None:
+    """Kill a lab's first process and wait until the kernel has ended every other one with it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        # A PID namespace's first process is not gone before all others are.
+        if not select.select([pidfd], [], [], 10)[0]:
+            raise LabError(f"lab {name!r}: its processes (first: {pid}) did not end within 10 s of SIGKILL")
+        try:
+            os.waitpid(pid, os.WNOHANG)  # if it was our own child
+        except ChildProcessError:
+            pass
+    finally:
+        os.close(pidfd)
