@@ -146,16 +146,16 @@ class Store:
         objects = self._objects.setdefault(resource, {}).setdefault(namespace, {})
         if name in objects:
             raise already_exists(resource, name)
-        self.revision += 1
         stored = {
             **obj,
             "metadata": {
                 **metadata,
                 "uid": self._new_uid(),
                 "creationTimestamp": self._now(),
-                "resourceVersion": str(self.revision),
+                "resourceVersion": str(self.revision + 1),
             },
         }
+        self.revision += 1
         objects[name] = stored
         self._publish(Event(EventType.ADDED, Key(resource, namespace, name), stored, None, self.revision))
         return stored

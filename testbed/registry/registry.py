@@ -13,10 +13,11 @@ from datetime import UTC, datetime, timedelta
 
 from testbed.errors import ApiError, Cause
 from testbed.manifests import kinds
-from testbed.manifests.kinds.names import NAME_ALPHABET, path_segment_problems
+from testbed.manifests.kinds.names import NAME_ALPHABET
 from testbed.model.cluster import ClusterConfig
 from testbed.model.json_values import merge_patch
-from testbed.model.objects import BY_KEY, BY_KIND, Object, Resource
+from testbed.model.objects import BY_KEY, Object, Resource
+from testbed.registry.scale import scale_of, with_scale
 from testbed.registry.strategies import STRATEGIES, Strategy
 from testbed.store import Store, already_exists, conflict, not_found
 
@@ -115,6 +116,10 @@ class Registry:
         """
         kind = _known(resource)
         strategy = self._strategies[resource]
+        if subresource and subresource not in kind.subresources:
+            raise ApiError(404, "NotFound", "the server could not find the requested resource")
+        if subresource == "scale":
+            obj, subresource = self._scaled(kind, obj), ""
         new = self._decode(kind, obj)
         metadata = new["metadata"]
         self._settle_namespace(kind, metadata)
@@ -124,12 +129,7 @@ class Registry:
         if metadata.get("resourceVersion") not in (None, "", was["resourceVersion"]):
             raise conflict(resource, name)
         if metadata.get("uid") not in (None, "", was["uid"]):
-            raise conflict(
-                resource,
-                name,
-                f"StorageError: invalid object, Code: 4, Key: /registry/{kind.plural}/{name}, ResourceVersion: 0, AdditionalErrorMsg: "
-                f"Precondition failed: UID in precondition: {metadata['uid']}, UID in object meta: {was['uid']}",
-            )
+            raise _wrong_precondition(resource, name, "UID", metadata["uid"], was["uid"])
         if subresource == "status":
             new = _with_status_of(current, new)
         elif subresource == "finalize":
@@ -137,8 +137,6 @@ class Registry:
                 **current,
                 "spec": {**current.get("spec", {}), "finalizers": new.get("spec", {}).get("finalizers", [])},
             }
-        elif subresource:
-            raise ApiError(404, "NotFound", "the server could not find the requested resource")
         else:
             for field in (
                 "creationTimestamp",
@@ -173,7 +171,7 @@ class Registry:
         if not isinstance(patch, dict):
             raise bad_request("json: cannot unmarshal the patch into a JSON object")
         current = self.get(resource, namespace, name)
-        new = merge_patch(current, patch)
+        new = merge_patch(scale_of(current) if subresource == "scale" else current, patch)
         new_metadata = new.get("metadata")
         if not isinstance(new_metadata, dict) or new_metadata.get("name") != name:
             raise bad_request("the name of the object cannot be changed by a patch")
@@ -205,11 +203,7 @@ class Registry:
         metadata = current["metadata"]
         for given, field, words in ((uid, "uid", "UID"), (resource_version, "resourceVersion", "ResourceVersion")):
             if given and given != metadata[field]:
-                raise conflict(
-                    resource,
-                    name,
-                    f"Precondition failed: {words} in precondition: {given}, {words} in object meta: {metadata[field]}",
-                )
+                raise _wrong_precondition(resource, name, words, given, metadata[field])
         if kind.key == "namespaces":
             if name in PROTECTED_NAMESPACES:
                 raise forbidden(kind, name, "this namespace may not be deleted")
@@ -268,11 +262,16 @@ class Registry:
             }
         )
         if problems:
-            raise bad_request(
-                f'{kind.kind} in version "{kind.version}" cannot be handled as a {kind.kind}: {problems[0]}'
-            )
+            raise undecodable(kind, problems[0])
         new["apiVersion"], new["kind"] = given
         return new
+
+    def _scaled(self, kind: Resource, scale: Object) -> Object:
+        metadata = scale.get("metadata") if isinstance(scale, dict) else None
+        if not isinstance(metadata, dict):
+            raise bad_request("the object provided is not a Scale")
+        current = self.get(kind.key, str(metadata.get("namespace", "")), str(metadata.get("name", "")))
+        return with_scale(current, scale)
 
     @staticmethod
     def _settle_namespace(kind: Resource, metadata: Object) -> None:
@@ -331,10 +330,14 @@ def _known(resource: str) -> Resource:
 
 
 def _with_status_of(current: Object, new: Object) -> Object:
-    merged = (
-        {**current, "status": new["status"]} if "status" in new else {k: v for k, v in current.items() if k != "status"}
+    kept = {field: value for field, value in current.items() if field != "status"}
+    return {**kept, "status": new["status"]} if "status" in new else kept
+
+
+def _wrong_precondition(resource: str, name: str, what: str, given: str, have: str) -> ApiError:
+    return conflict(
+        resource, name, f"Precondition failed: {what} in precondition: {given}, {what} in object meta: {have}"
     )
-    return merged
 
 
 def _pod_grace_s(pod: Object, asked: int | None) -> int:
@@ -352,6 +355,11 @@ def _pod_grace_s(pod: Object, asked: int | None) -> int:
 def bad_request(message: str) -> ApiError:
     """Return the 400 of Kubernetes."""
     return ApiError(400, "BadRequest", message)
+
+
+def undecodable(kind: Resource, why: str) -> ApiError:
+    """Return the 400 for an object that does not fit its kind's types or fields."""
+    return bad_request(f'{kind.kind} in version "{kind.version}" cannot be handled as a {kind.kind}: {why}')
 
 
 def forbidden(kind: Resource, name: str, why: str, causes: Sequence[Cause] = ()) -> ApiError:
@@ -373,6 +381,3 @@ def invalid(kind: Resource, name: str, causes: Sequence[Cause]) -> ApiError:
 def _refuse_if(kind: Resource, name: str, causes: Sequence[Cause]) -> None:
     if causes:
         raise invalid(kind, name, causes)
-
-
-__all__ = ["BY_KIND", "Registry", "bad_request", "forbidden", "invalid", "path_segment_problems"]

@@ -27,9 +27,7 @@ _C_IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
 
 def _regex_text(message: str, pattern: str, *examples: str) -> str:
     """Return upstream's RegexError: the double space before "or" is theirs."""
-    shown = ""
-    for number, example in enumerate(examples):
-        shown += f"' or '{example}"[1:] if number and False else (f" or '{example}', " if number else f"'{example}', ")
+    shown = " or ".join(f"'{example}', " for example in examples)
     return f"{message} (e.g. {shown}regex used for validation is '{pattern}')"
 
 
@@ -52,29 +50,29 @@ def _checker(pattern: str, message: str, examples: tuple[str, ...], limit: int) 
 
 dns1123_label_problems = _checker(
     _DNS1123_LABEL,
-    "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an "
-    "alphanumeric character",
+    "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with "
+    "an alphanumeric character",
     ("my-name", "123-abc"),
     63,
 )
 dns1123_subdomain_problems = _checker(
     _DNS1123_SUBDOMAIN,
-    "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with "
-    "an alphanumeric character",
+    "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end "
+    "with an alphanumeric character",
     ("example.com",),
     253,
 )
 dns1035_label_problems = _checker(
     _DNS1035_LABEL,
-    "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with "
-    "an alphanumeric character",
+    "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end "
+    "with an alphanumeric character",
     ("my-name", "abc-123"),
     63,
 )
 label_value_problems = _checker(
     _LABEL_VALUE,
-    "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an "
-    "alphanumeric character",
+    "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with "
+    "an alphanumeric character",
     ("MyValue", "my_value", "12345"),
     63,
 )
@@ -86,8 +84,8 @@ _name_part_problems = _checker(
 )
 env_name_problems = _checker(
     _ENV_NAME,
-    "a valid environment variable name must consist of alphabetic characters, digits, '_', '-', or '.', and must not start with a "
-    "digit",
+    "a valid environment variable name must consist of alphabetic characters, digits, '_', '-', or '.', and must not start with "
+    "a digit",
     ("my.env-name", "MY_ENV.NAME", "MyEnvName1"),
     1 << 20,
 )
@@ -105,8 +103,8 @@ def qualified_name_problems(value: str) -> list[str]:
     found: list[str] = []
     if "/" in prefix:
         name_pattern = _regex_text(
-            "a qualified name must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric "
-            "character",
+            "a qualified name must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an "
+            "alphanumeric character",
             _QUALIFIED,
             "MyName",
             "my.name",
