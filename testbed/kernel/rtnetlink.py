@@ -25,7 +25,7 @@ from testbed.errors import KernelError
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 0x100, 0x200, 0x400
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_RTM_NEWLINK, _RTM_GETLINK = 16, 18
+_RTM_NEWLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 18, 19
 _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 24, 28, 29
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_PROTINFO = 1, 3, 4, 10, 12
 _IFLA_LINKINFO, _IFLA_NET_NS_FD = 18, 28
@@ -143,7 +143,7 @@ def set_link(index: int, *, up: bool) -> Request:
 def set_hairpin(index: int) -> Request:
     """Let a bridge send a frame back out of the port it came in on: a pod reaching itself through its Service."""
     body = _ifinfo(index, family=socket.AF_BRIDGE) + _nested(_IFLA_PROTINFO, _attribute(_IFLA_BRPORT_MODE, b"\1"))
-    return Request(_RTM_NEWLINK, 0, body, f"set hairpin on port {index}")
+    return Request(_RTM_SETLINK, 0, body, f"set hairpin on port {index}")
 
 
 def add_address(index: int, address: IPv4Interface) -> Request:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,18 @@ from typing import Any, TypeVar
 
 from testbed.api.client import ApiClient
 from testbed.errors import LabError, TestbedError
-from testbed.kernel.processes import Completed, Target, call_in, run_in
+from testbed.kernel import linux
+from testbed.kernel.processes import (
+    Completed,
+    Target,
+    become,
+    call_in,
+    execute,
+    fork_in,
+    reset_signals,
+    run_in,
+    wait_until_ended,
+)
 from testbed.lab.folder import LabRecord, find_record, state_root
 from testbed.lab.frames import request
 from testbed.model.topology import Topology
@@ -98,6 +110,34 @@ class Lab(AbstractContextManager["Lab"]):
             return run_in(target, argv, stdin=stdin, timeout_s=timeout_s)
         finally:
             target.close()
+
+    def run_in_foreground(self, where: str, argv: Sequence[str]) -> int:
+        """Run a program in a place on our own terminal, and return its exit status.
+
+        It is our child in our session, so Ctrl-C, job control and window sizes are its own; it ends when we do.
+        """
+        target = self.target(where)
+        env = {**target.env, "TERM": os.environ.get("TERM", "dumb")} if target.env else dict(os.environ)
+        target = replace(target, env=env)
+
+        def child() -> int:
+            linux.set_parent_death_signal(signal.SIGHUP)
+            linux.close_range(3)
+            reset_signals()
+            become(target)
+            return execute(argv, target.env)
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)}
+        try:
+            pid = fork_in(target, child)
+            for number in before:
+                # the terminal sends the first two to the child as well; the third is passed on
+                signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else lambda n, _frame: os.kill(pid, n))
+            return wait_until_ended(pid, timeout_s=None)
+        finally:
+            target.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def set_link(self, where: str, up: bool) -> None:
         """Plug or unplug the LAN link of a node or outside host."""

@@ -124,8 +124,9 @@ class LabHost(Host):
 
     def _popen(self, cmd: Sequence[str], **params: Any) -> Any:
         # Mininet starts a shell by `mnexec -cdn ...`, which would put it into a new network namespace
-        argv = [*self._enter_command(), *cmd[2:]] if cmd[0] == "mnexec" else cmd
-        return super()._popen(argv, **params)
+        if cmd[0] == "mnexec":
+            cmd, params["start_new_session"] = [*self._enter_command(), *cmd[2:]], True
+        return super()._popen(cmd, **params)
 
     def _enter_command(self) -> list[str]:
         mount = ["--mount"] if self.namespaces & linux.CLONE_NEWNS else []
@@ -189,7 +190,7 @@ class OutsideHost(LabHost):
         linux.mount("sysfs", "/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
         lab = linux.open_tree(lab_folder)
         linux.mount("tmpfs", "/run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=0755")
-        os.makedirs(lab_folder, mode=0o700)
+        os.makedirs(lab_folder, mode=0o700, exist_ok=True)
         linux.move_mount(lab, lab_folder)
         os.close(lab)
 

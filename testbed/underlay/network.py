@@ -82,7 +82,7 @@ class LabNetwork(Mininet):
             )
         for number, machine in enumerate(self.topology.machines):
             self._add_host(machine, 1000 + number)
-        self._route_between_lans()
+        self._route_to_pods()
         for link in self.topology.links:
             self._shape(link)
 
@@ -120,11 +120,13 @@ class LabNetwork(Mininet):
                 requests.append(add_route(other.pod_cidr, other.address))
         return requests
 
-    def _route_between_lans(self) -> None:
-        """Let the gateways know where pods of nodes on other LANs are; on one LAN nodes route to each other directly."""
-        if len({node.network for node in self.topology.nodes}) > 1:
-            with RtnetlinkSocket("the lab") as netlink:
-                netlink.send([add_route(node.pod_cidr, node.address) for node in self.topology.nodes])
+    def _route_to_pods(self) -> None:
+        """Let the gateways know where pods are, as a BGP CNI does: pods reach outside hosts with their own address.
+
+        The other usual way, a masquerade rule of the CNI's on each node, would stand between kube-proxy's.
+        """
+        with RtnetlinkSocket("the lab") as netlink:
+            netlink.send([add_route(node.pod_cidr, node.address) for node in self.topology.nodes])
 
     def _etc_files(self, spec: NodeSpec | HostSpec) -> dict[str, str]:
         lines = ["127.0.0.1\tlocalhost"]

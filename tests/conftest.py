@@ -1,0 +1,41 @@
+"""What every test may use: the long-form switch, root checks, and waiting for something without sleeping."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the long forms as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("root") and os.geteuid() != 0:
+            item.add_marker(pytest.mark.skip(reason="needs root, for network namespaces"))
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="long form: ./dev test --slow"))
+
+
+def eventually(check: Callable[[], T], *, within_s: float = 5.0) -> T:
+    """Return the first true answer of ``check``; fail with the last answer when time is over."""
+    deadline = time.monotonic() + within_s
+    while True:
+        seen = check()
+        if seen:
+            return seen
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not happen within {within_s:g} s; last seen: {seen!r}")
+        time.sleep(0.02)
+
+
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[..., object]:
+    return eventually
