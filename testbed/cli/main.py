@@ -1,0 +1,250 @@
+"""``testbed``: every command. Heavy modules are imported by the commands that need them, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from testbed import __version__
+from testbed.errors import InputError, ManifestError, Problem, TestbedError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Run the command line; errors made for users become one message and an exit status, never a traceback."""
+    debug = "--debug" in sys.argv[1:2]
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; everything that was started is gone", err=True)
+        status = INTERRUPTED
+    except KeyboardInterrupt:
+        click.echo("interrupted; everything that was started is gone", err=True)
+        status = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        status = 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        status = 0
+    except TestbedError as error:
+        if debug:
+            raise
+        click.echo(f"{_red('error:')} {error}" if not isinstance(error, ManifestError) else str(error), err=True)
+        status = error.exit_status
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _red(text: str) -> str:
+    return click.style(text, fg="red") if sys.stderr.isatty() else text
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(__version__, prog_name="testbed")
+def cli(debug: bool) -> None:
+    """A Kubernetes cluster's service network on one Linux machine, without containers."""
+
+
+def _lab_option(command: F) -> F:
+    return click.option("-l", "--lab", metavar="LAB", help="Which lab; not needed while only one is running.")(command)
+
+
+def _output_option(*formats: str) -> Callable[[F], F]:
+    return click.option("-o", "--output", type=click.Choice(formats), default=formats[0], help="How to print.")
+
+
+@cli.command()
+@click.argument("name", default="lab1")
+@click.option("-t", "--topology", metavar="FILE", default="three-nodes", help="A topology file, or the name of one of ours.")
+@click.option("--proxy-mode", metavar="MODE", help="kube-proxy's mode, instead of the topology's.")
+@click.option("-f", "--filename", "manifests", metavar="MANIFEST", multiple=True, help="Objects to create once it is ready.")
+def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, ...]) -> None:
+    """Start a lab in the background and return when it is ready."""
+    import time
+
+    from testbed.lab.start import check_machine, start_lab
+    from testbed.manifests import find_topology, load_objects, load_topology
+    from testbed.scenario.modes import check_mode
+
+    started = time.monotonic()
+    check_machine()
+    with _collected_problems() as problems:
+        loaded = problems.load(load_topology, find_topology(topology))
+        objects = [found for manifest in manifests for found in problems.load(load_objects, Path(manifest)) or ()]
+    mode = check_mode(proxy_mode or loaded.proxy_mode)
+    with start_lab(loaded, name=name, proxy_mode=mode, attached=True, on_progress=_progress) as lab:
+        for source in objects:
+            obj, verb = lab.api.apply(source.object)
+            click.echo(f"{obj['kind'].lower()}/{obj['metadata']['name']} {verb}")
+        lab.detach()
+    nodes = ", ".join(node.name for node in loaded.nodes)
+    click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy mode {mode}")
+    click.echo(f"  testbed exec -l {name} {loaded.nodes[0].name} -- iptables-save -t nat     run something in it")
+    click.echo(f"  testbed down {name}                                   stop it")
+
+
+def _progress(phase: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"  {phase} …", err=True)
+
+
+class _Problems:
+    """Gathers every problem of several files before giving up."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+
+    def __enter__(self) -> _Problems:
+        return self
+
+    def load(self, loader: Callable[[Path], Any], path: Path) -> Any:
+        try:
+            return loader(path)
+        except ManifestError as error:
+            self.found += error.problems
+            return None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.found:
+            raise ManifestError(self.found)
+
+
+def _collected_problems() -> _Problems:
+    return _Problems()
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Stop every lab.")
+def down(name: str | None, every: bool) -> None:
+    """Stop a lab and everything in it."""
+    from testbed.lab.folder import list_records
+    from testbed.lab.start import stop_lab
+
+    names = [record.name for record in list_records()] if every else [name]
+    for each in names:
+        click.echo(f"lab {stop_lab(each)} is gone")
+    if not names:
+        click.echo("no lab is running")
+
+
+@cli.command("ls")
+@_output_option("text", "json")
+def list_labs(output: str) -> None:
+    """List the running labs."""
+    import time
+
+    from testbed.lab.folder import list_records
+
+    records = list_records()
+    now = time.time()
+    if output == "json":
+        rows = [
+            {
+                "name": record.name,
+                "pid": record.pid,
+                "topology": record.topology,
+                "nodes": list(record.nodes),
+                "proxyMode": record.proxy_mode,
+                "ageSeconds": round(now - record.started, 1),
+            }
+            for record in records
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not records:
+        click.echo("no lab is running; start one with `testbed up`", err=True)
+        return
+    from testbed.scenario.report import aligned
+
+    header = ("NAME", "PID", "NODES", "MODE", "TOPOLOGY", "AGE")
+    cells = [
+        (r.name, str(r.pid), ",".join(r.nodes), r.proxy_mode, r.topology, f"{now - r.started:.0f}s") for r in records
+    ]
+    click.echo(aligned([header, *cells]))
+
+
+@cli.command("exec", context_settings=_PASS_THROUGH)
+@_lab_option
+@click.argument("where", metavar="WHERE")
+@click.argument("command", metavar="-- CMD...", nargs=-1, type=click.UNPROCESSED)
+def exec_(lab: str | None, where: str, command: tuple[str, ...]) -> int:
+    """Run a command in a node, an outside host, or a pod (NAMESPACE/POD[/CONTAINER])."""
+    argv = command[1:] if command[:1] == ("--",) else command
+    if not argv:
+        raise InputError(f"nothing to run in {where!r}: testbed exec {where} -- CMD...")
+    return _run_in(lab, where, argv)
+
+
+@cli.command("shell")
+@_lab_option
+@click.argument("where", metavar="WHERE")
+def shell(lab: str | None, where: str) -> int:
+    """Open a shell in a node, an outside host, or a pod."""
+    return _run_in(lab, where, ("bash",))
+
+
+def _run_in(lab_name: str | None, where: str, argv: tuple[str, ...]) -> int:
+    from testbed.lab.handle import Lab
+
+    with Lab.find(lab_name) as lab:
+        return lab.run_in_foreground(where, argv)
+
+
+@cli.command("cli")
+@_lab_option
+def mininet_cli(lab: str | None) -> int:
+    """Open Mininet's own command line on a lab, on this terminal."""
+    from testbed.lab.handle import Lab
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends a line there, not us here
+    with Lab.find(lab) as found:
+        return found.run_cli()
+
+
+@cli.command()
+@click.argument("scenarios", metavar="SCENARIO...", nargs=-1, required=True)
+@click.option("--proxy-mode", "modes", metavar="MODE", multiple=True, help="Only this mode; may be given several times.")
+@_output_option("text", "json", "junit")
+@click.option("--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR.")
+@click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
+def run(scenarios: tuple[str, ...], modes: tuple[str, ...], output: str, report_folder: Path | None, keep: bool) -> int:
+    """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
+    from testbed.cli.run import run_scenarios
+
+    return run_scenarios([Path(name) for name in scenarios], modes, output, report_folder, keep)
+
+
+@cli.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+def validate(files: tuple[Path, ...]) -> int:
+    """Check topologies, scenarios and manifests; every problem with file and line. Touches nothing."""
+    from testbed.manifests import check_file
+
+    problems = [problem for file in files for problem in check_file(file)]
+    for problem in problems:
+        click.echo(str(problem), err=True)
+    errors = sum(not problem.warning for problem in problems)
+    if not errors:
+        click.echo(f"{len(files)} {'file is' if len(files) == 1 else 'files are'} valid")
+    return InputError.exit_status if errors else 0
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["topology", "scenario"]))
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a file format, for editors."""
+    from testbed.manifests import scenario_schema, topology_schema
+
+    click.echo(json.dumps(topology_schema() if kind == "topology" else scenario_schema(), indent=2))

@@ -1,0 +1,99 @@
+"""The objects a new cluster begins with, as kubeadm would make them: pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from testbed.model.objects import Object
+from testbed.model.topology import Topology
+
+KUBE_PROXY_IMAGE = "registry.k8s.io/kube-proxy:v1.30.0"
+_CONFIG_FILE = "config.conf"
+
+
+def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
+    """Return the KubeProxyConfiguration of a lab: the topology's fields, over what kubeadm fills in."""
+    return {
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "clusterCIDR": str(topology.cluster.pod_cidr),
+        **topology.kube_proxy,
+        "mode": mode,
+    }
+
+
+def system_objects(topology: Topology, *, proxy_config_text: str, api_folder: str) -> list[Object]:
+    """Return the Service ``kubernetes`` and kube-proxy's ServiceAccount, ConfigMap and DaemonSet, in creation order.
+
+    Args:
+        proxy_config_text: a KubeProxyConfiguration in YAML, what the ConfigMap holds as ``config.conf``.
+        api_folder: the node's folder with the API's socket, given to kube-proxy as a hostPath volume.
+    """
+    return [
+        _kubernetes_service(topology),
+        _object("v1", "ServiceAccount", "kube-proxy"),
+        _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),
+        _kube_proxy(api_folder),
+    ]
+
+
+def _object(api_version: str, kind: str, name: str, **fields: Any) -> Object:
+    metadata = {"name": name, "namespace": "kube-system", "labels": {"k8s-app": name}}
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **fields}
+
+
+def _kubernetes_service(topology: Topology) -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": "kubernetes",
+            "namespace": "default",
+            "labels": {"component": "apiserver", "provider": "kubernetes"},
+        },
+        "spec": {
+            "clusterIP": str(topology.cluster.service_cidr.network_address + 1),
+            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": 6443}],
+        },
+    }
+
+
+def _kube_proxy(api_folder: str) -> Object:
+    labels = {"k8s-app": "kube-proxy"}
+    container = {
+        "name": "kube-proxy",
+        "image": KUBE_PROXY_IMAGE,
+        "command": [
+            "/usr/local/bin/kube-proxy",
+            f"--config=/var/lib/kube-proxy/{_CONFIG_FILE}",
+            "--hostname-override=$(NODE_NAME)",
+        ],
+        "env": [
+            {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            {"name": "TESTBED_API_SOCKET", "value": "/var/run/testbed/api.sock"},
+            {"name": "XTABLES_LOCKFILE", "value": "/run/xtables.lock"},
+        ],
+        "securityContext": {"privileged": True},
+        "readinessProbe": {"httpGet": {"path": "/healthz", "port": 10256}, "periodSeconds": 10},
+        "volumeMounts": [
+            {"name": "kube-proxy", "mountPath": "/var/lib/kube-proxy"},
+            {"name": "api", "mountPath": "/var/run/testbed"},
+        ],
+    }
+    template = {
+        "metadata": {"labels": labels},
+        "spec": {
+            "hostNetwork": True,
+            "priorityClassName": "system-node-critical",
+            "serviceAccountName": "kube-proxy",
+            "nodeSelector": {"kubernetes.io/os": "linux"},
+            "tolerations": [{"operator": "Exists"}],
+            "containers": [container],
+            "volumes": [
+                {"name": "kube-proxy", "configMap": {"name": "kube-proxy"}},
+                {"name": "api", "hostPath": {"path": api_folder, "type": "Directory"}},
+            ],
+        },
+    }
+    spec = {"selector": {"matchLabels": labels}, "template": template, "updateStrategy": {"type": "RollingUpdate"}}
+    return _object("apps/v1", "DaemonSet", "kube-proxy", spec=spec)

@@ -1,0 +1,124 @@
+"""The control process: store, registry, API, controllers and one kubelet a node, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+
+import yaml
+from aiohttp import web
+
+from testbed.api.server import make_app
+from testbed.controllers import ControllerDriver, default_controllers, ensure_system_namespaces
+from testbed.errors import LabError
+from testbed.kubelet.agent import Kubelet
+from testbed.lab.bootstrap import proxy_configuration, system_objects
+from testbed.lab.request import LabRequest, report
+from testbed.lab.runtime import SpawnerRuntime
+from testbed.model.objects import Object
+from testbed.programs.catalogue import Catalogue
+from testbed.registry import Registry
+from testbed.store import Event, Store
+
+_log = logging.getLogger("testbed.control")
+
+
+def run_control(request: LabRequest, spawner: socket.socket) -> None:
+    """Run the cluster until the spawner is gone."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    asyncio.run(_run(request, spawner))
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+async def _run(request: LabRequest, spawner: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    runtime = SpawnerRuntime(spawner)
+    store = Store(now=_now, new_uid=lambda: str(uuid.uuid4()))
+    cluster = request.topology.cluster
+    registry = Registry(store, cluster, now=_now, new_uid=lambda: str(uuid.uuid4()), pick=random.randrange)
+    driver = ControllerDriver(
+        registry,
+        default_controllers(cluster, pick=random.randrange),
+        now_s=time.monotonic,
+        call_later=lambda delay_s, call: loop.call_later(delay_s, call),
+        on_error=lambda key, error: _log.error("controller failed on %s: %r", key, error),
+    )
+    _run_driver_after_events(store, driver)
+    driver.start()
+    ensure_system_namespaces(registry)
+
+    runner = web.AppRunner(make_app(registry, ready=lambda: True))
+    await runner.setup()
+    api_folder = f"{request.folder}/api"
+    await web.UnixSite(runner, f"{api_folder}/api.sock").start()
+    report(request.progress_fd, phase="api")
+
+    catalogue = Catalogue()
+    kubelets = [
+        Kubelet(node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now)
+        for node in request.topology.nodes
+    ]
+    tasks = [asyncio.create_task(kubelet.run(), name=f"kubelet {kubelet.node_name}") for kubelet in kubelets]
+    config = yaml.safe_dump(proxy_configuration(request.topology, request.proxy_mode), sort_keys=False)
+    for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder):
+        registry.create(_resource_key(obj), obj)
+    await _until_ready(store, tasks)
+    report(request.progress_fd, ready=True)
+    done, _ = await asyncio.wait([*tasks, runtime.gone], return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+def _resource_key(obj: Object) -> str:
+    from testbed.model.objects import BY_KIND
+
+    return BY_KIND[(obj["apiVersion"], obj["kind"])].key
+
+
+def _run_driver_after_events(store: Store, driver: ControllerDriver) -> None:
+    """Let the controllers work once after each burst of changes, not inside the write that caused them."""
+    loop = asyncio.get_running_loop()
+    scheduled = False
+
+    def run() -> None:
+        nonlocal scheduled
+        scheduled = False
+        driver.run_pending()
+
+    def wake(_event: Event) -> None:
+        nonlocal scheduled
+        if not scheduled:
+            scheduled = True
+            loop.call_soon(run)
+
+    store.subscribe(wake)
+
+
+async def _until_ready(store: Store, tasks: list[asyncio.Task[None]]) -> None:
+    """Return when kube-proxy is ready, which it is once it has synced, on every node."""
+    ready = asyncio.get_running_loop().create_future()
+
+    def look(event: Event) -> None:
+        status = event.object.get("status") or {}
+        wanted = status.get("desiredNumberScheduled", 0)
+        if wanted and wanted == status.get("numberReady") and not ready.done():
+            ready.set_result(None)
+
+    subscription = store.subscribe(look, "daemonsets.apps")
+    try:
+        done, _ = await asyncio.wait([ready, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {ready}:
+            task.result()  # a kubelet never ends by itself: its exception says why
+            raise LabError("a kubelet ended")
+    finally:
+        subscription.cancel()
