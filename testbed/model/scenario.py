@@ -11,6 +11,7 @@ from enum import Enum
 from ipaddress import IPv4Address
 from pathlib import Path
 
+from testbed.errors import Problem
 from testbed.model.topology import Topology
 
 # Modes that pick the endpoint of each new connection at random; the others take turns (ipvs: scheduler rr).
@@ -132,7 +133,7 @@ class WaitStep(StepBase):
     within_s: float = DEFAULT_WAIT_S
 
 
-class Protocol(Enum):
+class Scheme(Enum):
     """How an expectation asks."""
 
     HTTP = "http"
@@ -145,7 +146,7 @@ class Protocol(Enum):
 class Request:
     """One question over the network. Each is a connection of its own (UDP: a socket of its own)."""
 
-    protocol: Protocol
+    scheme: Scheme
     host: str  # an address or a name, resolved where the request starts
     port: int
     path: str = ""  # HTTP: path and query
@@ -154,11 +155,11 @@ class Request:
     patience_s: float = DEFAULT_PATIENCE_S  # how long to wait for the answer
 
     def __str__(self) -> str:
-        if self.protocol in (Protocol.HTTP, Protocol.HTTPS):
-            default_port = 80 if self.protocol is Protocol.HTTP else 443
+        if self.scheme in (Scheme.HTTP, Scheme.HTTPS):
+            default_port = 80 if self.scheme is Scheme.HTTP else 443
             port = "" if self.port == default_port else f":{self.port}"
-            return f"{self.protocol.value}://{self.host}{port}{self.path}"
-        return f"{self.protocol.value} {self.host}:{self.port}"
+            return f"{self.scheme.value}://{self.host}{port}{self.path}"
+        return f"{self.scheme.value} {self.host}:{self.port}"
 
 
 class Share(Enum):
@@ -239,6 +240,7 @@ class Scenario:
     topology_file: Path
     proxy_modes: tuple[str, ...]  # at least one: the topology's own when the file names none
     steps: tuple[Step, ...]
+    warnings: tuple[Problem, ...] = ()
 
     def steps_for(self, mode: str) -> tuple[Step, ...]:
         """Return the steps that run in a proxy mode, in order."""

@@ -90,19 +90,12 @@ class Topology:
 
     def network(self, name: str) -> Network:
         """Return a network by name; KeyError when there is none."""
-        return _by_name(self.networks, name)
+        return {network.name: network for network in self.networks}[name]
 
     def node(self, name: str) -> NodeSpec:
         """Return a node by name; KeyError when there is none."""
-        return _by_name(self.nodes, name)
+        return {node.name: node for node in self.nodes}[name]
 
     def machine(self, name: str) -> NodeSpec | HostSpec:
         """Return a node or outside host by name; KeyError when there is none."""
-        return _by_name(self.machines, name)
-
-
-def _by_name(things: tuple[Any, ...], name: str) -> Any:
-    for thing in things:
-        if thing.name == name:
-            return thing
-    raise KeyError(name)
+        return {machine.name: machine for machine in self.machines}[name]
