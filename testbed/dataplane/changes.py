@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from testbed.dataplane.iptables import ProxyState
+from testbed.dataplane.state import ProxyState
 from testbed.model.objects import Object, name_of, namespace_of
 from testbed.model.service import (
     Endpoint,

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 
 from testbed.dataplane import chains
+from testbed.dataplane.state import ProxyState
 from testbed.dataplane.topology import ANNOTATED_ONLY, EndpointChoice, HintPolicy, choose_endpoints
 from testbed.model.proxyconfig import PRIMARY, KubeProxyConfig, LocalDetector, Origin, local_detector, node_address
 from testbed.model.service import Endpoint, NodeView, ServicePort, ServicePortName, TrafficPolicy, parse_network
@@ -369,19 +370,6 @@ def _endpoint_rules(service: ServicePort, chain: str, endpoint: Endpoint, large:
     yield f"-A {chain}{comment}{recent} -m {protocol} -p {protocol} -j DNAT --to-destination {endpoint.text}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProxyState:
-    """Services and endpoints to render, as of one moment."""
-
-    services: Mapping[ServicePortName, ServicePort]
-    endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]
-
-    @property
-    def is_large(self) -> bool:
-        total = sum(len(self.endpoints.get(name, ())) for name in self.services)
-        return total > LARGE_CLUSTER_ENDPOINTS
-
-
 @dataclass(frozen=True, slots=True)
 class Installed:
     """What of ours a node has already: its service chains (nat), canaries' tables, and jumps as they are saved."""
@@ -389,6 +377,7 @@ class Installed:
     chains: frozenset[str] = frozenset()
     jumps: frozenset[tuple[str, str]] = frozenset()  # (table, saved line)
     canaries: frozenset[str] = frozenset()
+    rules: Mapping[str, int] = field(default_factory=dict)  # table -> number of rules in our chains
 
 
 NOTHING_INSTALLED = Installed()
@@ -408,6 +397,7 @@ def parse_installed(saved: str) -> Installed:
     jumps: set[tuple[str, str]] = set()
     canaries: set[str] = set()
     wanted = {(jump.table, jump.saved) for jump in JUMPS}
+    rules = {"filter": 0, "nat": 0}
     table = ""
     for line in saved.splitlines():
         if line.startswith(":"):
@@ -416,11 +406,14 @@ def parse_installed(saved: str) -> Installed:
                 canaries.add(table)
             elif table == "nat" and chain.startswith(chains.SERVICE_PREFIXES):
                 found.add(chain)
+        elif line.startswith("-A KUBE-"):
+            if table in rules:
+                rules[table] += 1
         elif line.startswith("-A ") and (table, line.rstrip()) in wanted:
             jumps.add((table, line.rstrip()))
         elif line.startswith("*"):
             table = line[1:].strip()
-    return Installed(frozenset(found), frozenset(jumps), frozenset(canaries))
+    return Installed(frozenset(found), frozenset(jumps), frozenset(canaries), rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +424,26 @@ class RestorePayload:
     chains: frozenset[str]  # service chains in use
     rules: Mapping[str, int]  # table -> number of rules that should exist, ours only
     no_local_endpoints: tuple[int, int]  # service ports without local endpoints: internal, external policy
+
+
+def missing_parts(installed: Installed, wanted: RestorePayload) -> str:
+    """Return in a few words what differs from the payload once accepted, or ''.
+
+    Upstream looks for its canary chain only, and so overlooks a flush that leaves chains in place (`iptables -F`).
+    """
+    tables = sorted(set(CANARY_TABLES) - installed.canaries)
+    if tables:
+        return f"the canary chain is gone from {', '.join(tables)}"
+    for jump in JUMPS:
+        if (jump.table, jump.saved) not in installed.jumps:
+            return f"a jump is gone from {jump.table}: {jump.saved}"
+    gone = sorted(wanted.chains - installed.chains)
+    if gone:
+        return f"{len(gone)} chains are gone, for example {gone[0]}"
+    for table, count in wanted.rules.items():
+        if installed.rules.get(table, 0) != count:
+            return f"{table} has {installed.rules.get(table, 0)} rules in our chains instead of {count}"
+    return ""
 
 
 class IptablesRenderer:
@@ -452,7 +465,7 @@ class IptablesRenderer:
         return self._payload(self._rules(state), changed, installed_chains, None)
 
     def _rules(self, state: ProxyState) -> dict[ServicePortName, ServiceRules]:
-        large = state.is_large
+        large = state.endpoint_count > LARGE_CLUSTER_ENDPOINTS
         found: dict[ServicePortName, tuple[ServicePort, tuple[Endpoint, ...], bool, ServiceRules]] = {}
         settings = self.settings
         for name in sorted(state.services):

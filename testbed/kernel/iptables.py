@@ -7,14 +7,13 @@ rules, so a node must use one of them throughout.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from enum import StrEnum
 from typing import Final
 
-from testbed.errors import CommandError, MissingFeature, RulesRejected
+from testbed.errors import CommandError, RulesRejected
 from testbed.kernel.runner import Runner
 
-#: The kernel's `MissingFeature` has an answer; this is how long a holder of the xtables lock is waited for.
+#: How long the holder of the xtables lock is waited for.
 LOCK_WAIT_S: Final = 5
 
 _CONTEXT_LINES: Final = 2
@@ -70,18 +69,6 @@ class Iptables:
             if line is None:
                 raise
             raise rejected(argv[0], payload, line, error.stderr) from error
-
-    def missing_canaries(self, chain: str, tables: Collection[str]) -> set[str]:
-        """Return the tables in which the empty chain ``chain`` is not there: someone flushed what is ours."""
-        missing = set()
-        for table in tables:
-            try:
-                self._runner.run([self._tool(""), *self._wait, "-t", table, "-S", chain, "1"])
-            except MissingFeature:
-                raise
-            except CommandError:
-                missing.add(table)
-        return missing
 
 
 _REFUSALS = (re.compile(r"line (\d+) failed"), re.compile(r"Error occurred at line: (\d+)"))

@@ -14,7 +14,8 @@ import yaml
 from compare import differences, parse
 
 from testbed.dataplane.changes import ChangeTracker
-from testbed.dataplane.iptables import Installed, IptablesRenderer, ProxyState, make_settings, parse_installed
+from testbed.dataplane.iptables import Installed, IptablesRenderer, make_settings, parse_installed
+from testbed.dataplane.state import ProxyState
 from testbed.kernel.iptables import Backend, Iptables
 from testbed.kernel.runner import SubprocessRunner
 from testbed.model.proxyconfig import parse_proxy_config

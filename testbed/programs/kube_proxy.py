@@ -1,0 +1,604 @@
+"""kube-proxy: keeps one node's kernel rules equal to the Services and EndpointSlices of the API.
+
+::
+
+    watcher threads (services, endpointslices, nodes) ── queue ── main loop ── tracker ── proxier ── kernel
+                                                                      └─ health, metrics, health-check node ports
+
+Runs in a process forked inside the node's namespaces, and imports nothing heavy. The main loop alone touches the
+tracker and the kernel. SIGTERM ends it and leaves the rules in place, as upstream does.
+
+Source: kubernetes cmd/kube-proxy/app/server.go, pkg/proxy/iptables/proxier.go (v1.30).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from testbed.dataplane.changes import ChangeTracker
+from testbed.dataplane.flows import stale_udp_flows
+from testbed.dataplane.health import HealthCheck, health_checks, render_health_check
+from testbed.dataplane.iptables import IptablesSettings, make_settings, needs_route_localnet
+from testbed.dataplane.state import ProxyState
+from testbed.errors import ApiError, InputError, KernelError, MissingFeature, TestbedError
+from testbed.kernel.addresses import list_local_addresses
+from testbed.kernel.conntrack import delete_udp_flows
+from testbed.kernel.iptables import Iptables, detect_backend
+from testbed.kernel.runner import Runner, SubprocessRunner
+from testbed.kernel.sysctl import apply_sysctls
+from testbed.model.objects import Object, name_of, namespace_of
+from testbed.model.proxyconfig import KubeProxyConfig, parse_proxy_config
+from testbed.model.service import PROXIED_SELECTOR, NodeName, NodeView, parse_network, parse_node
+from testbed.programs.answers import Answer, Listener
+from testbed.programs.proxy_iptables import IptablesProxier
+from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
+
+SERVICES: Final = "services"
+SLICES: Final = "endpointslices.discovery.k8s.io"
+NODES: Final = "nodes"
+
+#: A sync that writes everything happens at least this often, whatever the changes.
+FULL_SYNC_INTERVAL_S: Final = 3600.0
+_BURST: Final = 2
+_BACK_OFF_FIRST_S: Final = 0.05
+_BACK_OFF_LAST_S: Final = 5.0
+_WATCH_TIMEOUT_S: Final = 300.0
+#: After a repair: whoever flushes tables often does so one by one.
+_RECHECK_S: Final = 1.0
+
+
+class Api(Protocol):
+    """What kube-proxy needs of `testbed.api.client.ApiClient`."""
+
+    def list(
+        self, resource: str, namespace: str | None = None, *, label_selector: str = "", field_selector: str = ""
+    ) -> tuple[list[Object], str]: ...
+
+    def watch(
+        self,
+        resource: str,
+        namespace: str | None = None,
+        *,
+        resource_version: str = "",
+        label_selector: str = "",
+        timeout_s: float = 0,
+    ) -> Iterator[tuple[str, Object]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """All objects of a resource, as of now."""
+
+    resource: str
+    objects: tuple[Object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """One object of a resource was added, modified or deleted."""
+
+    resource: str
+    deleted: bool
+    object: Object
+
+
+class Stop:
+    """The process was asked to end."""
+
+
+Message = Listed | Changed | Stop
+
+
+class Watcher:
+    """Lists a resource, then watches it, for ever; lists again when the API has forgotten our place.
+
+    Args:
+        api: Its own client: a watch holds a connection.
+        resource: A `Resource.key`.
+        emit: Called with each `Listed` and `Changed`, on this watcher's thread.
+        log: Called with one line when the API cannot be reached, once per outage.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        resource: str,
+        emit: Callable[[Message], None],
+        log: Callable[[str], None],
+        *,
+        label_selector: str = "",
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._api = api
+        self._resource = resource
+        self._emit = emit
+        self._log = log
+        self._label_selector = label_selector
+        self._sleep = sleep
+        self._version = ""  # '' asks for a list first
+        self._back_off_s = _BACK_OFF_FIRST_S
+        self._in_outage = False
+
+    def run(self) -> None:
+        while True:
+            self.run_once()
+
+    def run_once(self) -> None:
+        """List if that is due, then follow one watch to its end; wait before returning when that went wrong."""
+        try:
+            if not self._version:
+                objects, version = self._api.list(self._resource, label_selector=self._label_selector)
+                self._emit(Listed(self._resource, tuple(objects)))
+                self._version = version
+                self._recovered()
+            if self._follow() == 0:
+                self._sleep(_BACK_OFF_FIRST_S)  # a watch that ends at once must not become a busy loop
+        except ApiError as error:
+            if error.code == 410:
+                self._version = ""  # our place is no longer in the history
+                return
+            self._failed(error)
+        except (TestbedError, OSError, ValueError) as error:
+            self._failed(error)
+
+    def _follow(self) -> int:
+        seen = 0
+        events = self._api.watch(
+            self._resource,
+            resource_version=self._version,
+            label_selector=self._label_selector,
+            timeout_s=_WATCH_TIMEOUT_S,
+        )
+        for kind, obj in events:
+            seen += 1
+            if kind == "ERROR":
+                raise ApiError(int(obj.get("code") or 500), str(obj.get("reason")), str(obj.get("message")))
+            self._version = str(obj["metadata"]["resourceVersion"])
+            self._recovered()
+            if kind != "BOOKMARK":
+                self._emit(Changed(self._resource, kind == "DELETED", obj))
+        return seen
+
+    def _recovered(self) -> None:
+        self._back_off_s = _BACK_OFF_FIRST_S
+        self._in_outage = False
+
+    def _failed(self, error: Exception) -> None:
+        if not self._in_outage:
+            self._log(f"watching {self._resource}: {error}; trying again")
+            self._in_outage = True
+        self._sleep(self._back_off_s)
+        self._back_off_s = min(_BACK_OFF_LAST_S, self._back_off_s * 2)
+
+
+class Pace:
+    """Says when the next sync may start: a token bucket that holds two and gains one per ``period_s``."""
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._tokens = float(_BURST)
+        self._at_s = 0.0
+
+    def wait_s(self, now_s: float) -> float:
+        """Return how long to wait from now until a sync may start."""
+        if self._period_s <= 0:
+            return 0.0
+        self._refill(now_s)
+        return max(0.0, (1 - self._tokens) * self._period_s)
+
+    def take(self, now_s: float) -> None:
+        if self._period_s > 0:
+            self._refill(now_s)
+            self._tokens -= 1
+
+    def _refill(self, now_s: float) -> None:
+        self._tokens = min(float(_BURST), self._tokens + (now_s - self._at_s) / self._period_s)
+        self._at_s = now_s
+
+
+class Proxier(Protocol):
+    """One proxy mode's way of making a node's kernel equal to a state."""
+
+    def sync(self, state: ProxyState, changed: frozenset[Any], settings: IptablesSettings) -> Any: ...
+
+    def require_full(self) -> None: ...
+
+    def find_damage(self) -> str: ...
+
+
+class ProxyLoop:
+    """Takes messages in, and syncs when something changed, the pace allows, and everything was listed once.
+
+    Reads no clock and waits for nothing: the caller passes the time and asks `wait_s` how long it may sleep.
+
+    Args:
+        config: The node's configuration.
+        node: Name of the node; its Node object is used once it appears.
+        proxier: Applies states.
+        runner: For conntrack(8).
+        local_addresses: Returns the node's addresses; asked only when NodePorts are limited to some.
+        health, metrics: Told of every sync.
+        log: Called with one line per thing worth knowing.
+        on_health_checks: Called after every sync with the health-check node ports to answer on.
+        clock: Measures how long a sync took.
+    """
+
+    def __init__(
+        self,
+        config: KubeProxyConfig,
+        node: str,
+        proxier: Proxier,
+        runner: Runner,
+        *,
+        health: ProxyHealth,
+        metrics: ProxyMetrics,
+        local_addresses: Callable[[], Iterable[IPv4Address]] = list_local_addresses,
+        log: Callable[[str], None] = lambda line: None,
+        on_health_checks: Callable[[tuple[HealthCheck, ...]], None] = lambda checks: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.health = health
+        self.metrics = metrics
+        self._node = NodeView(name=NodeName(node))
+        self._proxier = proxier
+        self._runner = runner
+        self._local_addresses = local_addresses
+        self._log = log
+        self._on_health_checks = on_health_checks
+        self._clock = clock
+        self._tracker = ChangeTracker(config.hostname_override or node)
+        self._pace = Pace(config.iptables.min_sync_period_s)
+        self._not_listed = {SERVICES, SLICES, NODES}
+        self._wanted = False
+        self._not_before_s = 0.0  # after a failure
+        self._last_sync_s = 0.0
+        self._next_check_s = 0.0
+        self._state = ProxyState(services={}, endpoints={})
+        self._pending: frozenset[Any] = frozenset()
+
+    def accept(self, message: Listed | Changed, now_s: float) -> None:
+        """Take one message in; the kernel is not touched."""
+        before, was_waiting = self._node, bool(self._not_listed)
+        if isinstance(message, Listed):
+            self._accept_list(message)
+        else:
+            self._accept_change(message)
+        if self._not_listed:
+            return
+        if was_waiting or self._tracker.has_changes or self._node != before:
+            self._not_before_s = 0.0  # a new change is a new chance after a failure
+            self._want(now_s)
+
+    def _accept_list(self, message: Listed) -> None:
+        self._not_listed.discard(message.resource)
+        if message.resource == SERVICES:
+            self._tracker.replace_services(message.objects)
+        elif message.resource == SLICES:
+            self._tracker.replace_slices(message.objects)
+        else:
+            for obj in message.objects:
+                self._saw_node(obj)
+
+    def _accept_change(self, message: Changed) -> None:
+        obj, name = message.object, (namespace_of(message.object), name_of(message.object))
+        if message.resource == SERVICES and message.deleted:
+            self._tracker.delete_service(*name)
+        elif message.resource == SERVICES:
+            self._tracker.set_service(obj)
+        elif message.resource == SLICES and message.deleted:
+            self._tracker.delete_slice(*name)
+        elif message.resource == SLICES:
+            self._tracker.set_slice(obj)
+        elif not message.deleted:
+            self._saw_node(obj)
+
+    def _saw_node(self, obj: Object) -> None:
+        if name_of(obj) == self._node.name:
+            self._node = parse_node(obj)
+            self.health.saw_node(self._node)
+
+    def _want(self, now_s: float) -> None:
+        self._wanted = True
+        self.health.queued(now_s)
+        services, endpoints = self._tracker.pending
+        self.metrics.set("sync_proxy_rules_service_changes_pending", services)
+        self.metrics.set("sync_proxy_rules_endpoint_changes_pending", endpoints)
+        self.metrics.set("sync_proxy_rules_last_queued_timestamp_seconds", now_s)
+
+    def wait_s(self, now_s: float) -> float:
+        """Return how long nothing needs to be done if no message comes."""
+        if self._not_listed:
+            return FULL_SYNC_INTERVAL_S
+        due = [max(0.0, self._last_sync_s + FULL_SYNC_INTERVAL_S - now_s)]
+        if self._wanted:
+            due.append(max(self._pace.wait_s(now_s), self._not_before_s - now_s, 0.0))
+        if self.health.is_synced:
+            due.append(max(0.0, self._next_check_s - now_s))
+        return min(due)
+
+    def step(self, now_s: float) -> None:
+        """Do what is due now: check what is installed, and sync."""
+        if self._not_listed:
+            return
+        if self.health.is_synced and now_s >= self._next_check_s:
+            self._check(now_s)
+        overdue = now_s >= self._last_sync_s + FULL_SYNC_INTERVAL_S
+        if overdue and not self._wanted and self.health.is_synced:
+            self._proxier.require_full()
+        if (self._wanted or overdue) and now_s >= self._not_before_s and self._pace.wait_s(now_s) <= 0:
+            self._pace.take(now_s)
+            self._sync(now_s)
+
+    def _check(self, now_s: float) -> None:
+        """Look whether our rules are still there; if not, have all of them written again."""
+        self._next_check_s = now_s + self.config.iptables.sync_period_s
+        try:
+            damage = self._proxier.find_damage()
+        except KernelError as error:
+            self._log(f"looking at the installed rules failed: {error}")
+            return
+        if damage:
+            self._log(f"somebody else changed our rules ({damage}); writing all of them again")
+            self._next_check_s = now_s + min(_RECHECK_S, self.config.iptables.sync_period_s)
+            self._proxier.require_full()
+            self._want(now_s)
+
+    def _sync(self, now_s: float) -> None:
+        started = self._clock()
+        state, changed = self._tracker.take()
+        self._pending |= changed
+        self._wanted = False
+        addresses = tuple(self._local_addresses()) if self.config.node_port_addresses else ()
+        settings = make_settings(self.config, self._node, addresses)
+        try:
+            report = self._proxier.sync(state, self._pending, settings)
+        except KernelError as error:
+            self.metrics.count("sync_proxy_rules_iptables_restore_failures_total")
+            self._not_before_s = now_s + self.config.iptables.sync_period_s
+            self._wanted = True
+            self._log(f"sync failed, next try in {self.config.iptables.sync_period_s:g} s: {error}")
+            return
+        self._forget_flows(state)
+        self._state, self._pending = state, frozenset()
+        self._on_health_checks(health_checks(state))
+        ended = self._clock()
+        self._last_sync_s = now_s
+        if self._next_check_s == 0:
+            self._next_check_s = now_s + self.config.iptables.sync_period_s
+        self.health.updated(ended)
+        self._measure(report, changed, started, ended)
+
+    def _forget_flows(self, state: ProxyState) -> None:
+        for flows in stale_udp_flows(self._state, state, self._pending):
+            try:
+                delete_udp_flows(self._runner, destination=flows.destination, port=flows.port, endpoint=flows.endpoint)
+            except KernelError as error:
+                self._log(f"forgetting UDP flows failed: {error}")
+
+    def _measure(self, report: Any, changed: frozenset[Any], started_s: float, ended_s: float) -> None:
+        metrics, took_s = self.metrics, ended_s - started_s
+        kind = "full" if report.full else "partial"
+        metrics.observe("sync_proxy_rules_duration_seconds", took_s)
+        metrics.observe(f"sync_{kind}_proxy_rules_duration_seconds", took_s)
+        metrics.set("sync_proxy_rules_last_timestamp_seconds", ended_s)
+        metrics.set("sync_proxy_rules_service_changes_pending", 0)
+        metrics.set("sync_proxy_rules_endpoint_changes_pending", 0)
+        metrics.count("sync_proxy_rules_endpoint_changes_total", len(changed))
+        for table, rules in report.payload.rules.items():
+            metrics.set("sync_proxy_rules_iptables_total", rules, table=table)
+        for policy, count in zip(("internal", "external"), report.payload.no_local_endpoints, strict=True):
+            metrics.set("sync_proxy_rules_no_local_endpoints_total", count, traffic_policy=policy)
+
+
+class Faces:
+    """The HTTP listeners of one kube-proxy: health, metrics, and one per health-check node port."""
+
+    def __init__(
+        self, health: ProxyHealth, metrics: ProxyMetrics, config: KubeProxyConfig, log: Callable[[str], None]
+    ) -> None:
+        self._health = health
+        self._metrics = metrics
+        self._config = config
+        self._log = log
+        self._checks: dict[tuple[str, str], HealthCheck] = {}
+        self._listeners: dict[tuple[str, int], Listener] = {}
+
+    def open(self) -> None:
+        """Listen on healthzBindAddress and metricsBindAddress; a busy port is logged, and is no reason to stop."""
+        for bind, answer in (
+            (self._config.healthz_bind_address, self._answer_health),
+            (self._config.metrics_bind_address, self._answer_metrics),
+        ):
+            if not bind:
+                continue
+            host, _, port = bind.rpartition(":")
+            try:
+                Listener(host, int(port), answer)
+            except OSError as error:
+                self._log(f"cannot listen on {bind}: {error.strerror}")
+
+    def _answer_health(self, path: str) -> Answer:
+        now_s = time.time()
+        headers = {"X-Content-Type-Options": "nosniff"}
+        if path == "/healthz":
+            status, body = self._health.healthz(now_s)
+        elif path == "/livez":
+            status, body = self._health.livez(now_s)
+        elif path == "/readyz":  # ours: 200 once the first sync is in the kernel
+            status, body = (200, "ok") if self._health.is_synced else (503, "no sync yet")
+        else:
+            return Answer(404, "404 page not found\n")
+        if path != "/readyz":
+            self._metrics.count(f"proxy_{path[1:]}_total", code=str(status))
+        return Answer(status, body, "application/json", headers)
+
+    def _answer_metrics(self, path: str) -> Answer:
+        if path == "/metrics":
+            return Answer(200, self._metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+        if path == "/proxyMode":
+            return Answer(200, self._config.mode)
+        if path == "/healthz":
+            return Answer(200, "ok")
+        return Answer(404, "404 page not found\n")
+
+    def show_health_checks(self, checks: Iterable[HealthCheck]) -> None:
+        """Listen on exactly the ports of these checks and answer with their counts."""
+        self._checks = {(check.namespace, check.name): check for check in checks}
+        hosts = self._health_check_hosts()
+        wanted = {(host, check.port): owner for owner, check in self._checks.items() for host in hosts}
+        for address in self._listeners.keys() - wanted.keys():
+            self._listeners.pop(address).close()
+        for address, owner in wanted.items():
+            if address not in self._listeners:
+                try:
+                    self._listeners[address] = Listener(*address, self._answer_check(owner))
+                except OSError as error:
+                    self._log(
+                        f"service {owner[0]}/{owner[1]}: cannot listen on {address[0]}:{address[1]}: {error.strerror}"
+                    )
+
+    def _health_check_hosts(self) -> list[str]:
+        networks = [network for network in map(parse_network, self._config.node_port_addresses) if network is not None]
+        if not networks or any(network.prefixlen == 0 for network in networks):
+            return ["0.0.0.0"]
+        return [str(a) for a in list_local_addresses() if any(a in network for network in networks)]
+
+    def _answer_check(self, owner: tuple[str, str]) -> Callable[[str], Answer]:
+        def answer(path: str) -> Answer:
+            check = self._checks.get(owner)
+            if check is None:
+                return Answer(404, "404 page not found\n")
+            status, body = render_health_check(check, proxy_healthy=self._health.is_healthy(time.time()))
+            headers = {
+                "X-Content-Type-Options": "nosniff",
+                "X-Load-Balancing-Endpoint-Weight": str(check.local_endpoints),
+            }
+            return Answer(status, body, "application/json", headers)
+
+        return answer
+
+
+def prepare_node(config: KubeProxyConfig, node: str, log: Callable[[str], None]) -> None:
+    """Set the kernel settings that the rules rely on. One that is missing or read-only is logged, as upstream does."""
+    conntrack = config.conntrack
+    wanted = {
+        "net/netfilter/nf_conntrack_tcp_timeout_established": conntrack.tcp_established_timeout_s,
+        "net/netfilter/nf_conntrack_tcp_timeout_close_wait": conntrack.tcp_close_wait_timeout_s,
+        "net/netfilter/nf_conntrack_tcp_be_liberal": float(conntrack.tcp_be_liberal),
+        "net/netfilter/nf_conntrack_udp_timeout": conntrack.udp_timeout_s,
+        "net/netfilter/nf_conntrack_udp_timeout_stream": conntrack.udp_stream_timeout_s,
+    }
+    settings = {name: f"{value:.0f}" for name, value in wanted.items() if value > 0}
+    if needs_route_localnet(config):
+        settings["net/ipv4/conf/all/route_localnet"] = "1"
+    for name, value in settings.items():
+        try:
+            apply_sysctls({name: value}, node)
+        except KernelError as error:
+            log(str(error))
+
+
+def make_proxier(config: KubeProxyConfig, runner: Runner, backend: str = "") -> Proxier:
+    """Return the applier of the configured mode.
+
+    Raises:
+        MissingFeature: this mode's tools are not installed, or the mode is not there.
+    """
+    if config.mode != "iptables":
+        raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use iptables")
+    return IptablesProxier(Iptables(runner, detect_backend(runner, backend)))
+
+
+def sync_once(
+    config: KubeProxyConfig,
+    node: NodeView,
+    services: Iterable[Object],
+    slices: Iterable[Object],
+    *,
+    runner: Runner,
+    backend: str = "",
+    local_addresses: Iterable[IPv4Address] = (),
+) -> Any:
+    """Program the runner's network namespace once for these objects and return the `SyncReport`."""
+    tracker = ChangeTracker(config.hostname_override or node.name)
+    tracker.replace_services(services)
+    tracker.replace_slices(slices)
+    state, changed = tracker.take()
+    settings = make_settings(config, node, tuple(local_addresses))
+    return make_proxier(config, runner, backend).sync(state, changed, settings)
+
+
+def main(args: Mapping[str, Any]) -> int:
+    """Run until SIGTERM and return the exit status: 0, or 2 and 3 when it could not start.
+
+    Args (keys of ``args``):
+        node_name, api_socket: Which node this is, and where the API listens.
+        config: A KubeProxyConfiguration as decoded from YAML; may be absent.
+        lock_file: XTABLES_LOCKFILE of this node; may be absent.
+        iptables_backend: ``legacy`` or ``nft``; absent: what ``iptables`` is on this machine.
+        ready_file: Written once, when the first sync is in the kernel; may be absent.
+    """
+    from testbed.api.client import ApiClient
+
+    node = str(args["node_name"])
+
+    def log(line: str) -> None:
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} kube-proxy {node}: {line}\n")
+        sys.stderr.flush()
+
+    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: messages.put(Stop()))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        config, problems = parse_proxy_config(args.get("config") or {})
+        if problems:
+            raise InputError("; ".join(str(problem) for problem in problems))
+        env = {"XTABLES_LOCKFILE": str(args["lock_file"])} if args.get("lock_file") else {}
+        runner = SubprocessRunner({**env, "PATH": os.environ.get("PATH", "") or "/usr/sbin:/usr/bin:/sbin:/bin"})
+        proxier = make_proxier(config, runner, str(args.get("iptables_backend") or ""))
+    except TestbedError as error:
+        log(str(error))
+        return error.exit_status
+    prepare_node(config, node, log)
+    health, metrics = ProxyHealth(2 * config.iptables.sync_period_s), ProxyMetrics()
+    faces = Faces(health, metrics, config, log)
+    faces.open()
+    loop = ProxyLoop(
+        config, node, proxier, runner,
+        health=health, metrics=metrics, log=log, on_health_checks=faces.show_health_checks,
+    )  # fmt: skip
+    for resource, selector in ((SERVICES, PROXIED_SELECTOR), (SLICES, PROXIED_SELECTOR), (NODES, "")):
+        api: Api = ApiClient(str(args["api_socket"]))
+        watcher = Watcher(api, resource, messages.put, log, label_selector=selector)
+        threading.Thread(target=watcher.run, name=f"watch-{resource}", daemon=True).start()
+    run(loop, messages, ready_file=str(args.get("ready_file") or ""))
+    return 0
+
+
+def run(loop: ProxyLoop, messages: queue.SimpleQueue[Message], *, ready_file: str = "") -> None:
+    """Turn the loop until a `Stop` arrives. Messages that wait together are taken in together, for one sync."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            message = messages.get(timeout=loop.wait_s(time.time()))
+            while True:
+                if isinstance(message, Stop):
+                    return
+                loop.accept(message, time.time())
+                message = messages.get_nowait()
+        loop.step(time.time())
+        if ready_file and loop.health.is_synced:
+            Path(ready_file).write_text("synced\n")
+            ready_file = ""
