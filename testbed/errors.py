@@ -32,6 +32,17 @@ class TestbedError(Exception):
     __test__ = False  # pytest: not a test class
     exit_status = 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes whole, whatever a subclass's constructor takes."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[TestbedError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TestbedError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
 
 class InputError(TestbedError):
     """What the user typed or wrote is wrong."""

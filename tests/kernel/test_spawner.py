@@ -1,0 +1,315 @@
+"""The spawner on a real kernel, asked by the runtime that kubelets use: what a container sees, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.errors import InputError, KernelError
+from testbed.kernel import linux
+from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
+from testbed.lab.runtime import SpawnerRuntime
+from testbed.model.topology import Network, NodeSpec, Topology
+
+pytestmark = pytest.mark.root
+
+POD_CIDR = IPv4Network("10.244.1.0/24")
+NODE = NodeSpec(name="node1", network="lan", address=IPv4Address("192.168.93.11"), pod_cidr=POD_CIDR)
+LAN = Network(name="lan", cidr=IPv4Network("192.168.93.0/24"), gateway=IPv4Address("192.168.93.1"))
+TOPOLOGY = Topology(name="t", networks=(LAN,), nodes=(NODE,))
+
+
+@pytest.fixture
+def spawner() -> Iterator[socket.socket]:
+    """A connection to a spawner with a network of one node, in namespaces that end with it."""
+    ours, theirs = socket.socketpair()
+    folder = tempfile.mkdtemp(prefix="testbed-spawner-")
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    linux.unshare(linux.CLONE_NEWPID)
+    pid = os.fork()
+    linux_restore(own)
+    if pid == 0:
+        be_spawner(theirs, folder)
+    theirs.close()
+    yield ours
+    ours.close()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.rmdir(f"{folder}/private")
+    os.rmdir(folder)
+
+
+def linux_restore(own: int) -> None:
+    try:
+        linux.setns(own, linux.CLONE_NEWPID)
+    except OSError:
+        pass  # in the child, which cannot and need not
+    os.close(own)
+
+
+def be_spawner(connection: socket.socket, folder: str) -> None:
+    try:
+        linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
+        linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
+        linux.mount("proc", "/proc", "proc")
+        os.mkdir(f"{folder}/private")
+        linux.mount("tmpfs", f"{folder}/private", "tmpfs")
+        from testbed.lab.spawner import Spawner
+
+        made = Spawner(TOPOLOGY, folder, connection)
+        made.network.build_topology()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(b"\0" + folder.encode())
+        listener.listen()
+        made.serve(listener)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def sandbox(**changes: Any) -> SandboxSpec:
+    fields: dict[str, Any] = {
+        "pod_uid": "uid-1",
+        "namespace": "dev",
+        "pod_name": "web",
+        "node": "node1",
+        "hostname": "web",
+        "address": IPv4Address("10.244.1.2"),
+        "network": POD_CIDR,
+        "etc_files": {"hosts": "10.244.1.2 web\n", "resolv.conf": "nameserver 10.96.0.10\n", "hostname": "web\n"},
+    }
+    return SandboxSpec(**{**fields, **changes})
+
+
+def container(*argv: str, **changes: Any) -> ContainerSpec:
+    return ContainerSpec(**{"container_id": "c1", "pod_uid": "uid-1", "name": "main", "argv": argv, **changes})
+
+
+def with_runtime(connection: socket.socket, test: Callable[[SpawnerRuntime], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        return await asyncio.wait_for(test(SpawnerRuntime(connection)), 30)
+
+    return asyncio.run(run())
+
+
+async def running(runtime: SpawnerRuntime, *, made: SandboxSpec | None = None, **changes: Any) -> None:
+    await runtime.create_sandbox(made or sandbox())
+    await runtime.start_container(container("sleep", "60", **changes))
+
+
+async def shell(runtime: SpawnerRuntime, script: str, container_id: str = "c1") -> str:
+    result = await runtime.exec(container_id, ["sh", "-c", script], timeout_s=10)
+    return result.output
+
+
+def test_what_a_container_sees(spawner: socket.socket) -> None:
+    """Its own processes, hostname, /etc files, network and devices; an empty /run; the machine's programs."""
+
+    async def test(runtime: SpawnerRuntime) -> str:
+        await running(runtime, env={"GREETING": "hi"})
+        script = (
+            "hostname; cat /etc/hosts /etc/resolv.conf /etc/hostname; ls /sys/class/net | tr '\\n' ' '; ls /run | wc -l;"
+            "cat /proc/1/comm; echo $GREETING; echo x > /dev/null && echo null works; ls /dev/pts/ptmx; which ping"
+        )
+        return await shell(runtime, script)
+
+    assert with_runtime(spawner, test).splitlines() == [
+        "web", "10.244.1.2 web", "nameserver 10.96.0.10", "web", "eth0 lo 0", "sleep", "hi", "null works",
+        "/dev/pts/ptmx", "/usr/bin/ping",
+    ]  # fmt: skip
+
+
+def test_a_restart_keeps_the_address_and_loses_the_files(spawner: socket.socket) -> None:
+    """What one start wrote is gone in the next, on the same address; the machine's own files never change."""
+
+    async def test(runtime: SpawnerRuntime) -> list[str]:
+        await running(runtime)
+        script = "test -e /etc/mark && echo old; touch /etc/mark; ip -4 -o addr show eth0 | grep -o 10.244.1.2/"
+        seen = [await shell(runtime, script)]
+        await runtime.signal_container("c1", signal.SIGKILL)
+        await runtime.wait_container("c1")
+        await runtime.remove_container("c1")
+        await runtime.start_container(container("sleep", "60", container_id="c2"))
+        return [*seen, await shell(runtime, script, "c2")]
+
+    assert with_runtime(spawner, test) == ["10.244.1.2/\n", "10.244.1.2/\n"]
+    assert not Path("/etc/mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "end"),
+    [
+        pytest.param(("sh", "-c", "exit 3"), ExitStatus(3), id="status"),
+        pytest.param(("sh", "-c", "kill -TERM $$; sleep 9"), None, id="PID 1 ignores signals it has no handler for"),
+        pytest.param(("true",), ExitStatus(0), id="success"),
+    ],
+)
+def test_how_a_container_ends(spawner: socket.socket, argv: tuple[str, ...], end: ExitStatus | None) -> None:
+    """The exit status of its first process is told; SIGKILL ends one that has no handler for SIGTERM, with 137."""
+
+    async def test(runtime: SpawnerRuntime) -> ExitStatus:
+        await runtime.create_sandbox(sandbox())
+        await runtime.start_container(container(*argv))
+        if end is None:
+            await runtime.signal_container("c1", signal.SIGTERM)
+            await runtime.signal_container("c1", signal.SIGKILL)
+        return await runtime.wait_container("c1")
+
+    assert with_runtime(spawner, test) == (end or ExitStatus(137, 9))
+
+
+def test_programs_that_cannot_start(spawner: socket.socket) -> None:
+    """A program that is not there, or is no program, is an error that names pod, container and path."""
+
+    async def test(runtime: SpawnerRuntime) -> list[str]:
+        await runtime.create_sandbox(sandbox())
+        said = []
+        for number, argv in enumerate((("nosuch",), ("/etc/passwd",))):
+            with pytest.raises(KernelError) as caught:
+                await runtime.start_container(container(*argv, container_id=f"c{number}"))
+            said.append(str(caught.value))
+        return said
+
+    said = with_runtime(spawner, test)
+    start = "dev/web: could not start container 'main': "
+    assert said[0] == f'{start}exec: "nosuch": executable file not found in $PATH'
+    assert said[1].startswith(f"{start}PermissionError")
+
+
+def test_volumes(spawner: socket.socket) -> None:
+    """An emptyDir is shared and outlives a container; a ConfigMap's files are read-only and follow updates."""
+
+    async def test(runtime: SpawnerRuntime) -> list[str]:
+        volumes = (Volume(name="scratch"), Volume(name="config", files={"a.txt": "one"}))
+        mounts = (Mount(volume="scratch", path="/scratch"), Mount(volume="config", path="/etc/config"))
+        only_file = (*mounts, Mount(volume="config", path="/opt/here.txt", sub_path="a.txt"))
+        await running(runtime, made=sandbox(volumes=volumes), mounts=only_file)
+        seen = [await shell(runtime, "cat /etc/config/a.txt /opt/here.txt; echo data > /scratch/f; touch /etc/config/x 2>&1")]
+        await runtime.update_volume("uid-1", "config", {"b.txt": "two"})
+        await runtime.start_container(container("sleep", "60", container_id="c2", name="second", mounts=mounts))
+        return [*seen, await shell(runtime, "ls /etc/config; cat /etc/config/b.txt /scratch/f", "c2")]
+
+    assert with_runtime(spawner, test) == [
+        "oneonetouch: cannot touch '/etc/config/x': Read-only file system\n",
+        "b.txt\ntwodata\n",
+    ]
+
+
+def test_a_link_in_a_container_does_not_lead_a_mount_out_of_it(spawner: socket.socket) -> None:
+    """A mountPath below a symbolic link of the image is resolved inside the container; subPath stays in its volume."""
+
+    async def test(runtime: SpawnerRuntime) -> str:
+        volumes = (Volume(name="scratch"),)
+        await runtime.create_sandbox(sandbox(volumes=volumes))
+        await runtime.start_container(container("sleep", "60", mounts=(Mount(volume="scratch", path="/var/run/data"),)))
+        seen = await shell(runtime, "ls -d /run/data")
+        escape = (Mount(volume="scratch", path="/x", sub_path="../../../etc"),)
+        with pytest.raises(InputError, match="subPath '../../../etc' leads out of volume 'scratch'"):
+            await runtime.start_container(container("true", container_id="c2", mounts=escape))
+        return seen
+
+    assert with_runtime(spawner, test) == "/run/data\n"
+    assert not Path("/run/data").exists()
+
+
+def test_users_and_capabilities(spawner: socket.socket) -> None:
+    """runAsUser and dropped capabilities hold, for the program and for exec; the default set cannot touch the network."""
+
+    async def test(runtime: SpawnerRuntime) -> list[str]:
+        await running(runtime, uid=1000, gid=1000, groups=(2000,))
+        await runtime.start_container(container("sleep", "60", container_id="c2", name="second"))
+        await runtime.start_container(
+            container("sleep", "60", container_id="c3", name="third", add_capabilities=("NET_ADMIN",))
+        )
+        add_link = "ip link add name x type bridge 2>&1 && echo made"
+        return [
+            await shell(runtime, "id -u; id -g; id -G"),
+            await shell(runtime, add_link, "c2"),
+            await shell(runtime, add_link, "c3"),
+        ]
+
+    user, default, admin = with_runtime(spawner, test)
+    assert user == "1000\n1000\n1000 2000\n"
+    assert "Operation not permitted" in default
+    assert admin == "made\n"
+
+
+def test_exec_runs_out_of_time(spawner: socket.socket) -> None:
+    """A command that takes too long is killed and answered with 124 and what it wrote until then."""
+
+    async def test(runtime: SpawnerRuntime) -> ExecResult:
+        await running(runtime)
+        return await runtime.exec("c1", ["sh", "-c", "echo begun; sleep 30"], timeout_s=0.3)
+
+    assert with_runtime(spawner, test) == ExecResult(124, "begun\n")
+
+
+def test_connect_as_the_node_sees_it(spawner: socket.socket) -> None:
+    """A probe's connection starts in the node's namespace: refused where nothing listens, made where something does."""
+
+    async def test(runtime: SpawnerRuntime) -> str:
+        await runtime.create_sandbox(sandbox())
+        listen = "import socket,time; s=socket.create_server(('',80)); c,a=s.accept(); c.sendall(a[0].encode()); time.sleep(60)"
+        with pytest.raises(ConnectionRefusedError):
+            await runtime.connect("node1", IPv4Address("10.244.1.2"), 80, timeout_s=2)
+        await runtime.start_container(container(sys.executable, "-c", listen))
+        while True:
+            try:
+                made = await runtime.connect("node1", IPv4Address("10.244.1.2"), 80, timeout_s=2)
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.02)
+                continue
+            with made:
+                return (await asyncio.get_running_loop().sock_recv(made, 99)).decode()
+
+    assert with_runtime(spawner, test) == "10.244.1.1"
+
+
+def test_host_network_and_host_path(spawner: socket.socket) -> None:
+    """A hostNetwork pod has the node's links and hostname; a hostPath is a path of the node, not of the machine."""
+
+    async def test(runtime: SpawnerRuntime) -> str:
+        made = sandbox(address=None, network=None, hostname="node1", volumes=(Volume(name="run", host_path="/run"),))
+        await running(runtime, made=made, mounts=(Mount(volume="run", path="/node-run"),))
+        return await shell(runtime, "ls /sys/class/net | tr '\\n' ' '; hostname; touch /node-run/mark")
+
+    assert with_runtime(spawner, test) == "cni0 eth0 lo node1\n"
+    assert not Path("/run/mark").exists()
+
+
+def test_removing_a_sandbox_ends_everything(spawner: socket.socket) -> None:
+    """After removal its programs have ended; removing it again succeeds; the same pod can be made again."""
+
+    async def test(runtime: SpawnerRuntime) -> ExitStatus:
+        await running(runtime)
+        end = asyncio.ensure_future(runtime.wait_container("c1"))
+        await runtime.remove_sandbox("uid-1")
+        await runtime.remove_sandbox("uid-1")
+        await running(runtime)
+        return await end
+
+    assert with_runtime(spawner, test) == ExitStatus(137, 9)
+
+
+def test_messages_carry_errors() -> None:
+    """Every error of the tree survives the way between processes with its text and attributes."""
+    from testbed.errors import CommandError, RulesRejected
+
+    for error in (KernelError("x"), CommandError(["ip", "link"], 2, "no", where="node1"), RulesRejected("nft", 3, ["a"], "b")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (str(copy), vars(copy)) == (str(error), vars(error))
