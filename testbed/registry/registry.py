@@ -46,7 +46,7 @@ class Registry:
     ) -> None:
         self.store = store
         self.config = config
-        self._now = now
+        self.now = now
         self._pick = pick
         self._strategies: dict[str, Strategy] = {
             resource.key: STRATEGIES.get(resource.key, Strategy)(resource, self.store, self.config, pick)
@@ -102,7 +102,7 @@ class Registry:
         release = strategy.allocate(None, new)
         if dry_run:
             release()
-            return {**new, "metadata": {**metadata, "uid": "", "creationTimestamp": self._now()}}
+            return {**new, "metadata": {**metadata, "uid": "", "creationTimestamp": self.now()}}
         return self.store.create(resource, new)
 
     def update(self, resource: str, obj: Object, *, subresource: str = "", dry_run: bool = False) -> Object:
@@ -219,7 +219,7 @@ class Registry:
             return self._remove(kind, current)
         if already is not None and already <= grace:
             return current  # it is on its way, and no sooner end was asked for
-        when = (datetime.fromisoformat(self._now()) + timedelta(seconds=grace)).astimezone(UTC)
+        when = (datetime.fromisoformat(self.now()) + timedelta(seconds=grace)).astimezone(UTC)
         terminating = {
             **current,
             "metadata": {
