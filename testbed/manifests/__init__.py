@@ -1,1 +1,45 @@
-"""TBD"""
+"""YAML text to checked values: topologies, scenarios and Kubernetes objects, every problem with file and line.
+
+Names are loaded when they are first used: the store and the agents want `manifests.kinds` without the YAML readers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from testbed.manifests.check import check_file, check_files
+    from testbed.manifests.objects import SourceObject, load_objects
+    from testbed.manifests.scenario import load_scenario, scenario_schema
+    from testbed.manifests.topology import find_topology, load_topology, topology_schema
+
+__all__ = [
+    "SourceObject",
+    "check_file",
+    "check_files",
+    "find_topology",
+    "load_objects",
+    "load_scenario",
+    "load_topology",
+    "scenario_schema",
+    "topology_schema",
+]
+
+_MODULES = {
+    "SourceObject": "objects",
+    "check_file": "check",
+    "check_files": "check",
+    "find_topology": "topology",
+    "load_objects": "objects",
+    "load_scenario": "scenario",
+    "load_topology": "topology",
+    "scenario_schema": "scenario",
+    "topology_schema": "topology",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -11,8 +11,6 @@ The Struct classes are the only description of our formats: this walker follows 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, TypeVar
 
@@ -22,6 +20,7 @@ import msgspec.inspect as mi
 from testbed.errors import Problem
 from testbed.manifests.scalars import SCALARS
 from testbed.manifests.source import Document, FieldPath
+from testbed.manifests.text import describe_value, format_path, suggestion, unknown_field
 
 API_VERSION = "testbed/v1"
 
@@ -167,47 +166,6 @@ class Decoded:
             self._refuse(path, "must not be empty")
             return _BAD
         return value
-
-
-def unknown_field(name: str, known: Iterable[str]) -> str:
-    """Return the text for a field that does not exist."""
-    return f'unknown field "{name if name.isprintable() else repr(name)[1:-1]}"{suggestion(name, known)}'
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean "x"?)`` for the known name that looks most like this one, or ''."""
-    by_lower = {text.lower(): text for text in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f' (did you mean "{by_lower[close[0]]}"?)' if close else ""
-
-
-def format_path(path: FieldPath) -> str:
-    """Return a path as Kubernetes writes it: ``spec.ports[0].nodePort``; odd keys go in brackets."""
-    text = ""
-    for step in path:
-        if isinstance(step, int):
-            text += f"[{step}]"
-        elif step.replace("_", "").replace("-", "").isalnum():
-            text += f".{step}" if text else step
-        else:
-            text += f"[{step if step.isprintable() else repr(step)[1:-1]}]"
-    return text
-
-
-def describe_value(value: Any) -> str:
-    """Return a wrong value in words, short enough for a message."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return f"the boolean {str(value).lower()}"
-        case int() | float():
-            return f"the number {value}"
-        case str():
-            return f"the text {value if len(value) <= 60 else value[:60] + '…'!r}"
-        case list():
-            return "a list"
-    return "a mapping"
 
 
 def json_schema(wire: type[Wire], title: str) -> dict[str, Any]:

@@ -320,3 +320,27 @@ def _shown_tag(tag: str) -> str:
 
 def _printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def find_line(lines: Lines, field_path: str) -> int:
+    """Return the line of a field written as Kubernetes does, ``spec.ports[0].nodePort``, or of the nearest thing around it.
+
+    Keys may hold dots (``metadata.labels.app.kubernetes.io/name``): of the keys that are there, the longest fitting one is taken.
+    """
+    found, rest = lines, field_path
+    while rest:
+        inner = found[1]
+        index = re.match(r"\[([^\]]*)\]\.?", rest)
+        if isinstance(inner, list) and index and index[1].isdigit() and int(index[1]) < len(inner):
+            found, rest = inner[int(index[1])], rest[index.end() :]
+        elif isinstance(inner, dict) and index and index[1] in inner:
+            found, rest = inner[index[1]], rest[index.end() :]
+        elif isinstance(inner, dict):
+            fitting = [key for key in inner if rest.startswith(key) and rest[len(key) : len(key) + 1] in ("", ".", "[")]
+            if not fitting:
+                break
+            key = max(fitting, key=len)
+            found, rest = inner[key], rest[len(key) :].removeprefix(".")
+        else:
+            break
+    return found[0]

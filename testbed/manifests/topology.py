@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from testbed.errors import ManifestError, Problem
-from testbed.manifests.decode import Decoded, Wire, json_schema, suggestion
+from testbed.manifests.decode import Decoded, Wire, json_schema
 from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.scalars import (
     BRIDGE_PREFIX,
@@ -31,6 +31,7 @@ from testbed.manifests.scalars import (
     Rate,
 )
 from testbed.manifests.source import Document, parse_documents, read_text
+from testbed.manifests.text import suggestion
 from testbed.model.cluster import (
     DEFAULT_DOMAIN,
     DEFAULT_NODE_PORT_RANGE,
@@ -41,6 +42,7 @@ from testbed.model.cluster import (
 )
 from testbed.model.topology import DEFAULT_INTERFACE, HostSpec, LinkSpec, Network, NodeSpec, Taint, Topology
 
+TOPOLOGIES = Path(__file__).resolve().parents[2] / "topologies"
 NODE_MASK_BITS = 24  # kube-controller-manager --node-cidr-mask-size
 _SMALLEST_NETWORK = 30  # prefix length: a gateway and one machine
 _LARGEST_SERVICE_CIDR = 12  # kube-apiserver takes no more than 20 bits of addresses
@@ -145,6 +147,23 @@ def topology_schema() -> dict[str, Any]:
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_topology(text: str, folder: Path = Path(), ours: Path = TOPOLOGIES) -> Path:
+    """Return the file that a name or path means: a file (from ``folder``), or the NAME of one in ``folder`` or of ours.
+
+    Raises:
+        ManifestError: there is no such file.
+    """
+    is_name = "/" not in text and not text.endswith((".yaml", ".yml"))
+    candidates = [folder / f"{text}.yaml", ours / f"{text}.yaml"] if is_name else [folder / text]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.stem for file in ours.glob("*.yaml"))
+    hint = suggestion(text, known) or f" (ours: {', '.join(known)})"
+    what = f"there is no topology {text!r}{hint}" if is_name else f"there is no file {text!r}"
+    raise ManifestError([Problem(text if text.isprintable() else repr(text), 0, what)])
 
 
 def load_topology(path: Path) -> Topology:

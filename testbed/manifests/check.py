@@ -1,0 +1,56 @@
+"""Any YAML file of ours or of Kubernetes, checked by what it says it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from testbed.errors import Problem
+from testbed.manifests.decode import API_VERSION
+from testbed.manifests.objects import SourceObject, read_objects, unmatched_selectors
+from testbed.manifests.scenario import SCENARIO_FILE, read_scenario
+from testbed.manifests.source import Document, parse_documents, read_text
+from testbed.manifests.text import suggestion
+from testbed.manifests.topology import read_topology
+
+
+def check_file(path: Path) -> list[Problem]:
+    """Return everything wrong with a file, or with the scenario in a folder, in file order."""
+    return check_files([path])
+
+
+def check_files(paths: Sequence[Path]) -> list[Problem]:
+    """Return everything wrong with some files, in file order.
+
+    Manifests given together are one set: a Service of one may select pods of another.
+    """
+    problems: list[Problem] = []
+    objects: list[SourceObject] = []
+    for given in paths:
+        path = given / SCENARIO_FILE if given.is_dir() else given
+        text, found = read_text(path)
+        documents, syntax = parse_documents(text, str(path))
+        problems += found + syntax
+        if not documents and not found and not syntax:
+            problems.append(Problem(str(path), 0, "is empty"))
+        for document in documents:
+            made, found = _check_document(document)
+            objects += made
+            problems += found
+    return sorted({*problems, *unmatched_selectors(objects)})
+
+
+def _check_document(document: Document) -> tuple[list[SourceObject], list[Problem]]:
+    value = document.value
+    kind = value.get("kind") if isinstance(value, dict) else None
+    api_version = value.get("apiVersion") if isinstance(value, dict) else None
+    is_ours = isinstance(api_version, str) and api_version.startswith("testbed/")
+    if kind == "Topology" and (is_ours or api_version is None):
+        return [], read_topology(document)[1]
+    if kind == "Scenario" and (is_ours or api_version is None):
+        return [], read_scenario(document)[1]
+    if is_ours:
+        hint = suggestion(str(kind), ("Topology", "Scenario"))
+        message = f"{API_VERSION} has the kinds Topology and Scenario, not {kind!r}{hint}"
+        return [], [Problem(document.file, document.line_of(("kind",)), message)]
+    return read_objects([document])

@@ -1,0 +1,777 @@
+"""Scenario files: their format, and the rules that hold inside one step. `crosscheck` has those between steps and objects.
+
+The format is the Structs below; docs/scenario.md explains it to people.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+from msgspec import Meta, field
+
+from testbed.errors import ManifestError, Problem
+from testbed.manifests.crosscheck import cross_check
+from testbed.manifests.decode import Decoded, Wire, json_schema
+from testbed.manifests.objects import SourceObject, read_objects_file
+from testbed.manifests.scalars import (
+    SUBDOMAIN_PATTERN,
+    Duration,
+    parse_address,
+    parse_label_key,
+    parse_label_value,
+)
+from testbed.manifests.source import Document, parse_documents, read_text
+from testbed.manifests.text import suggestion
+from testbed.manifests.topology import MetadataWire, find_topology, load_topology
+from testbed.model.objects import RESOURCES, Resource
+from testbed.model.scenario import (
+    DEFAULT_EXPECT_WITHIN_S,
+    DEFAULT_PATIENCE_S,
+    DEFAULT_WAIT_S,
+    MIN_RANDOM_SAMPLE,
+    RANDOM_MODES,
+    AnsweredBy,
+    ApplyStep,
+    Condition,
+    DeleteStep,
+    ExecStep,
+    ExpectStep,
+    FaultAction,
+    FaultStep,
+    KubectlStep,
+    ObjectRef,
+    Place,
+    Request,
+    ScaleStep,
+    Scenario,
+    Scheme,
+    Selector,
+    Share,
+    Spread,
+    Step,
+    WaitStep,
+)
+from testbed.model.topology import Topology
+
+SCENARIO_FILE = "scenario.yaml"
+T = TypeVar("T")
+
+# ── the format ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ModeName = Literal["userspace", "iptables", "ipvs", "nftables"]
+Within = Annotated[Duration | None, Meta(description="try again until it holds, this long; 0s: once")]
+WhereText = Annotated[str, Meta(description="a node, an outside host, NAMESPACE/POD or NAMESPACE/label=value")]
+PodsText = Annotated[str, Meta(description="NAMESPACE/POD or NAMESPACE/label=value[,label=value]")]
+
+
+class ScaleWire(Wire):
+    """Set a number of replicas."""
+
+    replicas: Annotated[int, Meta(ge=0, le=10000)] | None
+    deployment: str | None = None
+    replicaset: str | None = None
+    within: Within = None
+
+
+class ExecWire(Wire):
+    """Run a program."""
+
+    in_: WhereText | None = field(name="in")
+    run: Annotated[list[str], Meta(min_length=1)] | str | None
+    prints: str | None = None
+    status: Annotated[int, Meta(ge=0, le=255)] = 0
+    within: Within = None
+
+
+class KubectlWire(Wire):
+    """Run kubectl."""
+
+    run: Annotated[list[str], Meta(min_length=1)] | str | None
+    prints: str | None = None
+    status: Annotated[int, Meta(ge=0, le=255)] = 0
+    within: Within = None
+
+
+class WaitWire(Wire):
+    """Wait for a condition of one kind of object."""
+
+    for_: Literal["available", "ready", "running", "deleted", "succeeded", "endpoints"] | None = field(name="for")
+    deployment: str | None = None
+    replicaset: str | None = None
+    daemonset: str | None = None
+    pod: str | None = None
+    pods: str | None = None
+    service: str | None = None
+    node: str | None = None
+    job: str | None = None
+    namespace: str | None = None
+    count: Annotated[int, Meta(ge=0, le=100000)] | None = None
+    within: Within = None
+
+
+class AnsweredByWire(Wire):
+    """Which pods answer; one of one, each, same, any."""
+
+    any: PodsText | None = None
+    one: PodsText | None = None
+    each: PodsText | None = None
+    same: PodsText | None = None
+    spread: Literal["even", "exact"] | None = None
+
+
+class SeesWire(Wire):
+    """What the server sees."""
+
+    client: Annotated[str, Meta(description="an address, or whose address: a node, an outside host, or a pod")] | None
+
+
+class ExpectWire(Wire):
+    """Send requests and look at the answers."""
+
+    from_: WhereText | None = field(name="from")
+    get: Annotated[str, Meta(description="an http or https URL")] | None = None
+    tcp: Annotated[str, Meta(description="HOST:PORT")] | None = None
+    udp: Annotated[str, Meta(description="HOST:PORT")] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    send: str | None = None
+    times: Annotated[int, Meta(ge=1, le=100000)] = 1
+    patience: Annotated[Duration | None, Meta(description="how long one request may take; default 1s")] = None
+    status: Annotated[int, Meta(ge=100, le=599)] | None = None
+    body: str | None = None
+    answered_by: PodsText | AnsweredByWire | None = None
+    sees: SeesWire | None = None
+    refused: bool = False
+    timeout: bool = False
+    within: Within = None
+
+
+class FaultWire(Wire):
+    """Break or mend something."""
+
+    kill: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGKILL")] | None = None
+    stop: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGSTOP")] | None = None
+    start: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGCONT")] | None = None
+    link: Annotated[str, Meta(description="a node or outside host")] | None = None
+    down: bool | None = None
+
+
+class StepWire(Wire):
+    """One step: exactly one kind of action."""
+
+    name: Annotated[str | None, Meta(description="shown instead of a text made from the step")] = None
+    modes: Annotated[list[ModeName], Meta(min_length=1, description="proxy modes it runs in")] | None = None
+    apply: str | list[str] | None = None
+    delete: str | list[str] | dict[str, str] | None = None
+    scale: ScaleWire | None = None
+    exec: ExecWire | None = None
+    kubectl: KubectlWire | None = None
+    wait: WaitWire | None = None
+    expect: ExpectWire | None = None
+    fault: FaultWire | None = None
+
+
+class SpecWire(Wire):
+    """What is done in which cluster."""
+
+    topology: Annotated[str, Meta(description="a file of this folder, or the name of one of ours")] | None
+    steps: Annotated[list[StepWire], Meta(min_length=1)] | None
+    proxy_modes: Annotated[list[ModeName], Meta(min_length=1)] | None = None
+
+
+class ScenarioWire(Wire):
+    """A scenario file."""
+
+    api_version: Literal["testbed/v1"] | None
+    kind: Literal["Scenario"] | None
+    metadata: MetadataWire | None
+    spec: SpecWire | None
+
+
+_ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault")
+_CONDITIONS_OF: dict[str, tuple[str, ...]] = {
+    "deployment": ("available", "ready", "deleted"),
+    "replicaset": ("available", "ready", "deleted"),
+    "daemonset": ("available", "ready", "deleted"),
+    "pod": ("ready", "running", "succeeded", "deleted"),
+    "pods": ("ready", "running", "succeeded", "deleted"),
+    "service": ("endpoints", "deleted"),
+    "node": ("ready", "deleted"),
+    "job": ("succeeded", "deleted"),
+    "namespace": ("deleted",),
+}
+
+
+def scenario_schema() -> dict[str, Any]:
+    """Return the format as JSON Schema."""
+    schema = json_schema(ScenarioWire, "Scenario")
+    schema["$defs"]["StepWire"]["oneOf"] = [{"required": [action]} for action in _ACTIONS]
+    return schema
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_scenario(path: Path) -> Scenario:
+    """Return the scenario of a file, or of the ``scenario.yaml`` in a folder, with its manifests and topology checked.
+
+    Raises:
+        ManifestError: every problem of the scenario, its topology and its manifests.
+    """
+    file = path / SCENARIO_FILE if path.is_dir() else path
+    text, problems = read_text(file)
+    documents, syntax = parse_documents(text, str(file))
+    problems += syntax
+    if len(documents) > 1:
+        problems.append(Problem(str(file), documents[1].line, "a scenario file holds one document"))
+    if not documents and not problems:
+        problems.append(Problem(str(file), 0, "is empty"))
+    scenario = None
+    if documents:
+        scenario, found = read_scenario(documents[0])
+        problems += found
+    if scenario is None or any(not problem.warning for problem in problems):
+        raise ManifestError(problems)
+    return scenario
+
+
+def read_scenario(document: Document) -> tuple[Scenario | None, list[Problem]]:
+    """Return the scenario of a document, or None, and everything wrong with it and with the files it names."""
+    decoded = Decoded(document)
+    wire = decoded.decode(ScenarioWire)
+    if wire is None or wire.spec is None:
+        return None, decoded.problems
+    reader = _Reader(decoded, wire.spec, Path(document.file))
+    scenario = reader.read(wire.metadata)
+    problems = [*decoded.problems, *reader.problems_elsewhere]
+    return (None if any(not problem.warning for problem in problems) else scenario), problems
+
+
+class _Reader:
+    """Turns a decoded spec into a Scenario. Fields that are None were reported by the decoder already."""
+
+    def __init__(self, decoded: Decoded, spec: SpecWire, file: Path) -> None:
+        self.decoded = decoded
+        self.refuse = decoded.refuse
+        self.spec = spec
+        self.file = file
+        self.problems_elsewhere: list[Problem] = []
+        self.objects: list[SourceObject] = []
+        self.topology: Topology | None = None
+        self.modes: tuple[str, ...] = ()
+        self._files: set[Path] = set()
+
+    def read(self, metadata: MetadataWire | None) -> Scenario | None:
+        topology_file = self._load_topology()
+        self.modes = tuple(dict.fromkeys(self.spec.proxy_modes or ()))
+        if not self.modes and self.topology is not None and not self.decoded.is_unread(self.spec, "proxyModes"):
+            self.modes = (self.topology.proxy_mode,)
+        steps = [step for wire in self.spec.steps or () if (step := self._step(wire))]
+        self.problems_elsewhere += cross_check(steps, self.objects, self.topology)
+        if metadata is None or metadata.name is None or self.topology is None or topology_file is None:
+            return None
+        return Scenario(
+            name=str(metadata.name),
+            file=self.file,
+            topology=self.topology,
+            topology_file=topology_file,
+            proxy_modes=self.modes,
+            steps=tuple(steps),
+            warnings=tuple(p for p in (*self.decoded.problems, *self.problems_elsewhere) if p.warning),
+        )
+
+    def _load_topology(self) -> Path | None:
+        text = self.spec.topology
+        if text is None:
+            return None
+        if reason := _unsafe_path(text):
+            self.refuse(self.spec, "topology", reason=reason)
+            return None
+        try:
+            path = find_topology(text, self.file.parent)
+        except ManifestError as error:
+            self.refuse(self.spec, "topology", reason=error.problems[0].message)
+            return None
+        try:
+            self.topology = load_topology(path)
+        except ManifestError as error:
+            self.problems_elsewhere += error.problems
+        return path
+
+    # Steps
+
+    def _step(self, wire: StepWire) -> Step | None:
+        given = [
+            action for action in _ACTIONS if getattr(wire, action) is not None or self.decoded.is_unread(wire, action)
+        ]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            self.refuse(wire, reason=f"a step does exactly one of {', '.join(_ACTIONS)}; got {found}")
+            return None
+        modes = tuple(wire.modes or ())
+        for index, mode in enumerate(modes):
+            if self.modes and mode not in self.modes:
+                self.refuse(
+                    wire,
+                    "modes",
+                    index,
+                    reason=f"{mode!r} is not one of the scenario's proxyModes ({', '.join(self.modes)})",
+                )
+        about = {
+            "file": self.decoded.document.file,
+            "line": self.decoded.line(wire),
+            "title": wire.name,
+            "modes": modes,
+        }
+        if wire.name is not None and not wire.name.isprintable():
+            self.refuse(wire, "name", reason=f"{wire.name!r} is not one line of text")
+        match getattr(wire, given[0]):
+            case str() | list() as files if given[0] == "apply":
+                return self._apply(wire, files, about)
+            case str() | list() | dict() as what:
+                return self._delete(wire, what, about)
+            case ScaleWire() as scale:
+                return self._scale(scale, about)
+            case ExecWire() as run:
+                return self._exec(run, about)
+            case KubectlWire() as run:
+                return self._kubectl(run, about)
+            case WaitWire() as wait:
+                return self._wait(wait, about)
+            case ExpectWire() as expect:
+                return self._expect(expect, about, modes or self.modes)
+            case FaultWire() as fault:
+                return self._fault(fault, about)
+        return None
+
+    def _manifests(self, wire: StepWire, action: str, given: str | list[str]) -> tuple[Path, ...]:
+        names = [given] if isinstance(given, str) else given
+        paths = []
+        for index, name in enumerate(names):
+            steps = (action,) if isinstance(given, str) else (action, index)
+            path = self.file.parent / name if not _unsafe_path(name) else None
+            if path is None:
+                self.refuse(wire, *steps, reason=_unsafe_path(name))
+            elif not path.is_file():
+                here = [found.name for found in self.file.parent.glob("*.yaml") if found.name != self.file.name]
+                self.refuse(wire, *steps, reason=f"no file {name!r} beside the scenario{suggestion(name, here)}")
+            else:
+                paths.append(path)
+                self._read_manifest(path, is_applied=action == "apply")
+        return tuple(paths)
+
+    def _read_manifest(self, path: Path, *, is_applied: bool) -> None:
+        if path not in self._files:
+            self._files.add(path)
+            objects, problems = read_objects_file(path)
+            self.problems_elsewhere += problems
+            if is_applied:
+                self.objects += objects
+        elif is_applied and not any(source.file == str(path) for source in self.objects):
+            self.objects += read_objects_file(path)[0]  # seen in a delete step before
+
+    def _apply(self, wire: StepWire, given: str | list[str], about: dict[str, Any]) -> ApplyStep:
+        files = self._manifests(wire, "apply", given)
+        return ApplyStep(files=files, **_titled(about, f"apply {_names(files)}"))
+
+    def _delete(self, wire: StepWire, given: str | list[str] | Mapping[str, str], about: dict[str, Any]) -> DeleteStep:
+        if not isinstance(given, Mapping):
+            files = self._manifests(wire, "delete", given)
+            return DeleteStep(files=files, **_titled(about, f"delete {_names(files)}"))
+        objects = []
+        for kind, text in given.items():
+            resource = _RESOURCE_BY_KIND.get(kind)
+            if resource is None:
+                self.refuse(
+                    wire, "delete", kind, reason=f"no kind is called {kind!r}{suggestion(kind, _RESOURCE_BY_KIND)}"
+                )
+            elif found := self._object(wire, resource, text, "delete", kind):
+                objects.append(found)
+        if not given:
+            self.refuse(wire, "delete", reason="names nothing")
+        return DeleteStep(
+            objects=tuple(objects), **_titled(about, f"delete {', '.join(f'{k} {v}' for k, v in given.items())}")
+        )
+
+    def _object(self, wire: Wire, resource: Resource, text: str, *steps: str) -> ObjectRef | None:
+        selector = self._selector(wire, resource, text, *steps)
+        if selector is None:
+            return None
+        if not selector.name:
+            self.refuse(wire, *steps, reason=f"{text!r} is a label selector: name one object")
+            return None
+        return ObjectRef(resource.key, selector.namespace, selector.name)
+
+    def _selector(self, wire: Wire, resource: Resource, text: str, *steps: str) -> Selector | None:
+        try:
+            return parse_selector(text) if resource.namespaced else parse_cluster_selector(text)
+        except ValueError as error:
+            self.refuse(wire, *steps, reason=str(error))
+            return None
+
+    def _scale(self, wire: ScaleWire, about: dict[str, Any]) -> ScaleStep | None:
+        kind = self._one_of(wire, ("deployment", "replicaset"))
+        if kind is None or wire.replicas is None:
+            return None
+        text = getattr(wire, kind)
+        found = self._object(wire, _RESOURCE_BY_KIND[kind], text, kind)
+        if found is None:
+            return None
+        return ScaleStep(
+            object=found,
+            replicas=wire.replicas,
+            within_s=_seconds(wire.within),
+            **_titled(about, f"scale {kind} {text} to {wire.replicas}"),
+        )
+
+    def _exec(self, wire: ExecWire, about: dict[str, Any]) -> ExecStep | None:
+        where = self._place(wire, wire.in_, "in")
+        argv = self._argv(wire, wire.run)
+        if where is None or argv is None:
+            return None
+        return ExecStep(
+            where=where,
+            argv=argv,
+            prints=wire.prints,
+            status=wire.status,
+            within_s=_seconds(wire.within) or 0.0,
+            **_titled(about, f"{where}: {shlex.join(argv)}{_claims(wire)}"),
+        )
+
+    def _kubectl(self, wire: KubectlWire, about: dict[str, Any]) -> KubectlStep | None:
+        argv = self._argv(wire, wire.run)
+        if argv is None:
+            return None
+        return KubectlStep(
+            argv=argv,
+            prints=wire.prints,
+            status=wire.status,
+            within_s=_seconds(wire.within) or 0.0,
+            **_titled(about, f"kubectl {shlex.join(argv)}{_claims(wire)}"),
+        )
+
+    def _argv(self, wire: Wire, run: list[str] | str | None) -> tuple[str, ...] | None:
+        if run is None:
+            return None
+        try:
+            argv = shlex.split(run) if isinstance(run, str) else run
+        except ValueError as error:
+            self.refuse(wire, "run", reason=f"{run!r} cannot be split into words: {str(error).lower()}")
+            return None
+        if not argv:
+            self.refuse(wire, "run", reason="names no program")
+            return None
+        if any("\0" in word for word in argv):
+            self.refuse(wire, "run", reason="a word of a command cannot hold a zero byte")
+            return None
+        return tuple(argv)
+
+    def _wait(self, wire: WaitWire, about: dict[str, Any]) -> WaitStep | None:
+        kind = self._one_of(wire, tuple(_CONDITIONS_OF))
+        if kind is None or wire.for_ is None:
+            return None
+        if wire.for_ not in _CONDITIONS_OF[kind]:
+            allowed = " or ".join(_CONDITIONS_OF[kind])
+            self.refuse(wire, "for", reason=f"a {kind} is never {wire.for_!r}: wait for {allowed}")
+            return None
+        resource = _RESOURCE_BY_KIND["pod" if kind == "pods" else kind]
+        text = getattr(wire, kind)
+        selector = self._selector(wire, resource, text, kind)
+        if selector is None:
+            return None
+        count = "" if wire.count is None else f"{wire.count} "
+        return WaitStep(
+            resource=resource.key,
+            selector=selector,
+            condition=Condition(wire.for_),
+            count=wire.count,
+            within_s=DEFAULT_WAIT_S if wire.within is None else float(wire.within),
+            **_titled(about, f"wait for {kind} {text}: {count}{wire.for_}"),
+        )
+
+    def _fault(self, wire: FaultWire, about: dict[str, Any]) -> FaultStep | None:
+        action = self._one_of(wire, ("kill", "stop", "start", "link"))
+        if wire.down is not None and action != "link":
+            self.refuse(wire, "down", reason="goes with link only")
+        if action is None:
+            return None
+        text: str = getattr(wire, action)
+        if action == "link":
+            if wire.down is None:
+                self.refuse(wire, reason='required field "down" is missing')
+                return None
+            if not self._is_machine(wire, text, "link"):
+                return None
+            title = f"{'cut' if wire.down else 'restore'} the link of {text}"
+            return FaultStep(
+                action=FaultAction.LINK_DOWN if wire.down else FaultAction.LINK_UP, node=text, **_titled(about, title)
+            )
+        pods_text, at, node = text.partition("@")
+        selector = self._selector(wire, _RESOURCE_BY_KIND["pod"], pods_text, action)
+        if selector is None or (at and not self._is_machine(wire, node, action)):
+            return None
+        return FaultStep(action=FaultAction(action), pods=selector, node=node, **_titled(about, f"{action} {text}"))
+
+    # Expectations
+
+    def _expect(self, wire: ExpectWire, about: dict[str, Any], modes: Sequence[str]) -> ExpectStep | None:
+        where = self._place(wire, wire.from_, "from")
+        how = self._one_of(wire, ("get", "tcp", "udp"))
+        request = self._request(wire, how) if how else None
+        answered_by = self._answered_by(wire, modes)
+        sees = self._sees(wire)
+        self._check_claims(wire, how)
+        if where is None or request is None:
+            return None
+        step = ExpectStep(
+            where=where,
+            request=request,
+            times=wire.times,
+            status=wire.status,
+            body=wire.body,
+            answered_by=answered_by,
+            sees_client=sees,
+            refused=wire.refused,
+            timeout=wire.timeout,
+            within_s=DEFAULT_EXPECT_WITHIN_S if wire.within is None else float(wire.within),
+            **_titled(about, _expect_title(wire, where, request, answered_by)),
+        )
+        if step.is_statistical and wire.within is not None:
+            reason = "has no effect with spread, which is sampled once and never retried: wait for readiness before it"
+            self.refuse(wire, "within", reason=reason, is_warning=True)
+        return step
+
+    def _check_claims(self, wire: ExpectWire, how: str | None) -> None:
+        answers = [
+            name
+            for name, value in (
+                ("status", wire.status),
+                ("body", wire.body),
+                ("answeredBy", wire.answered_by),
+                ("sees", wire.sees),
+            )
+            if value is not None
+        ]
+        if wire.refused and wire.timeout:
+            self.refuse(wire, "timeout", reason="a request cannot be both refused and timed out")
+        for name, is_set in (("refused", wire.refused), ("timeout", wire.timeout)):
+            if is_set and answers:
+                self.refuse(wire, name, reason=f"no answer comes, so there is no {' or '.join(answers)}")
+        if how in ("tcp", "udp"):
+            for name in ("status", "headers"):
+                if getattr(wire, name):
+                    self.refuse(wire, name, reason=f"goes with get only, not with {how}")
+
+    def _request(self, wire: ExpectWire, how: str) -> Request | None:
+        try:
+            parsed = (
+                _parse_url(wire.get) if wire.get is not None else _parse_host_port(str(getattr(wire, how)), Scheme(how))
+            )
+        except ValueError as error:
+            self.refuse(wire, how, reason=str(error))
+            return None
+        for key, value in wire.headers.items():
+            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", key) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
+                self.refuse(wire, "headers", key, reason=f"{key!r}: {value!r} is not a valid header")
+        scheme, host, port, path = parsed
+        return Request(
+            scheme=scheme,
+            host=host,
+            port=port,
+            path=path,
+            headers=tuple(wire.headers.items()),
+            send=wire.send,
+            patience_s=DEFAULT_PATIENCE_S if wire.patience is None else float(wire.patience),
+        )
+
+    def _answered_by(self, wire: ExpectWire, modes: Sequence[str]) -> AnsweredBy | None:
+        given = wire.answered_by
+        if given is None:
+            return None
+        if isinstance(given, str):
+            pods = self._selector(wire, _RESOURCE_BY_KIND["pod"], given, "answeredBy")
+            return AnsweredBy(pods=pods) if pods else None
+        share = self._one_of(given, ("any", "one", "each", "same"))
+        if share is None:
+            return None
+        pods = self._selector(given, _RESOURCE_BY_KIND["pod"], getattr(given, share), share)
+        if given.spread is not None:
+            self._check_spread(wire, given, share, modes)
+        if share in ("each", "same") and wire.times < 2:
+            self.refuse(given, share, reason=f"{share!r} says something about several answers: set times")
+        if pods is None:
+            return None
+        return AnsweredBy(pods=pods, share=Share(share), spread=Spread(given.spread) if given.spread else None)
+
+    def _check_spread(self, wire: ExpectWire, given: AnsweredByWire, share: str, modes: Sequence[str]) -> None:
+        random_modes = [mode for mode in modes if mode in RANDOM_MODES]
+        if share != "each":
+            self.refuse(given, "spread", reason="goes with each only")
+        elif given.spread == "exact" and random_modes:
+            self.refuse(
+                given,
+                "spread",
+                reason=f"'exact' cannot hold in proxy mode {random_modes[0]}, which picks pods at random",
+            )
+        elif given.spread == "even" and random_modes and wire.times < MIN_RANDOM_SAMPLE:
+            reason = (
+                f"'even' in proxy mode {random_modes[0]}, which picks pods at random, wants times of at least "
+                f"{MIN_RANDOM_SAMPLE}, got {wire.times}"
+            )
+            self.refuse(given, "spread", reason=reason)
+
+    def _sees(self, wire: ExpectWire) -> Any:
+        text = wire.sees.client if wire.sees is not None else None
+        if wire.sees is None or text is None:
+            return None
+        if re.fullmatch(r"[0-9.]+|.*::?.*", text):
+            try:
+                return parse_address(text)
+            except ValueError as error:
+                self.refuse(wire.sees, "client", reason=str(error))
+                return None
+        return self._place(wire.sees, text, "client")
+
+    # References
+
+    def _one_of(self, wire: Wire, names: Sequence[str]) -> str | None:
+        """Return the one field of these that is given; report none, or several."""
+        given = [name for name in names if getattr(wire, name) is not None]
+        if len(given) == 1:
+            return given[0]
+        if not any(self.decoded.is_unread(wire, name) for name in names):
+            self.refuse(wire, reason=f"wants exactly one of {', '.join(names)}; got {' and '.join(given) or 'none'}")
+        return None
+
+    def _place(self, wire: Wire, text: str | None, name: str) -> Place | None:
+        if text is None:
+            return None
+        if "/" not in text:
+            return text if self._is_machine(wire, text, name) else None
+        return self._selector(wire, _RESOURCE_BY_KIND["pod"], text, name)
+
+    def _is_machine(self, wire: Wire, text: str, *steps: str) -> bool:
+        if self.topology is None:
+            return True
+        known = [machine.name for machine in self.topology.machines]
+        if text in known:
+            return True
+        hint = suggestion(text, known) or f" (there is: {', '.join(known)}; a pod is NAMESPACE/POD)"
+        self.refuse(wire, *steps, reason=f"topology {self.topology.name!r} has no node or host {text!r}{hint}")
+        return False
+
+
+_RESOURCE_BY_KIND = {resource.kind.lower(): resource for resource in RESOURCES}
+
+
+def parse_selector(text: str) -> Selector:
+    """Return what ``NAMESPACE/NAME`` or ``NAMESPACE/key=value[,key=value]`` selects.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    namespace, slash, what = text.partition("/")
+    if not slash or not namespace or not what:
+        raise ValueError(f"{text!r} is not NAMESPACE/NAME or NAMESPACE/label=value")
+    if not _is_name(namespace) or "." in namespace:
+        raise ValueError(f"{text!r}: {namespace!r} is not a valid namespace")
+    if "=" not in what:
+        if not _is_name(what):
+            raise ValueError(f"{text!r}: {what!r} is not a valid name")
+        return Selector(namespace, what)
+    labels = []
+    for pair in what.split(","):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: {pair!r} is not label=value")
+        labels.append((str(parse_label_key(key)), str(parse_label_value(value))))
+    return Selector(namespace, labels=tuple(labels))
+
+
+def parse_cluster_selector(text: str) -> Selector:
+    """Return what ``NAME`` or ``key=value[,key=value]`` selects, of a kind without namespaces."""
+    if "=" in text:
+        return Selector("", labels=parse_selector(f"x/{text}").labels)
+    if not _is_name(text):
+        raise ValueError(f"{text!r} is not a valid name")
+    return Selector("", text)
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= 253 and re.fullmatch(SUBDOMAIN_PATTERN, text) is not None
+
+
+def _parse_url(text: str) -> tuple[Scheme, str, int, str]:
+    if not text.isprintable() or " " in text:
+        raise ValueError(f"{text!r} is not a URL: it holds blanks or control characters")
+    url: SplitResult = urlsplit(text)
+    if url.scheme not in ("http", "https"):
+        raise ValueError(f"{text!r} is not an http or https URL")
+    if "@" in url.netloc or url.fragment:
+        raise ValueError(f"{text!r}: a URL here has no user and no fragment")
+    scheme = Scheme(url.scheme)
+    default_port = 80 if scheme is Scheme.HTTP else 443
+    netloc = url.netloc if ":" in url.netloc else f"{url.netloc}:{default_port}"
+    _, host, port, _ = _parse_host_port(netloc, scheme)
+    return scheme, host, port, (url.path or "/") + (f"?{url.query}" if url.query else "")
+
+
+def _parse_host_port(text: str, scheme: Scheme) -> tuple[Scheme, str, int, str]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port):
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    if not 1 <= int(port) <= 65535:
+        raise ValueError(f"{text!r}: ports go from 1 to 65535")
+    if re.fullmatch(r"[0-9.]+", host) or ":" in host:
+        host = str(parse_address(host.strip("[]")))
+    elif len(host) > 253 or not re.fullmatch(SUBDOMAIN_PATTERN, host.lower().removesuffix(".")):
+        raise ValueError(f"{text!r}: {host!r} is not an address or a host name")
+    return scheme, host, int(port), ""
+
+
+def _unsafe_path(text: str) -> str:
+    """Return why a path is not one of a file beside the scenario, or ''."""
+    path = PurePosixPath(text)
+    if not text or not text.isprintable():
+        return f"{text!r} is not a file name"
+    if path.is_absolute() or ".." in path.parts:
+        return f"{text!r} leaves the scenario's folder"
+    return ""
+
+
+def _seconds(duration: Duration | None) -> float | None:
+    return None if duration is None else float(duration)
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+def _titled(about: dict[str, Any], title: str) -> dict[str, Any]:
+    return {**about, "title": about["title"] or title}
+
+
+def _claims(wire: ExecWire | KubectlWire) -> str:
+    prints = f" prints {wire.prints!r}" if wire.prints is not None else ""
+    return prints + (f", ends with status {wire.status}" if wire.status else "")
+
+
+def _expect_title(wire: ExpectWire, where: Place, request: Request, answered_by: AnsweredBy | None) -> str:
+    times = f" ×{wire.times}" if wire.times > 1 else ""
+    claims = [f"status {wire.status}"] if wire.status is not None else []
+    if wire.body is not None:
+        claims.append(f"body {wire.body!r}")
+    if answered_by is not None:
+        how = {Share.ANY: "", Share.ONE: "one ", Share.EACH: "each of ", Share.SAME: "always the same of "}[
+            answered_by.share
+        ]
+        spread = f", {answered_by.spread.value} spread" if answered_by.spread else ""
+        claims.append(f"answered by {how}{answered_by.pods}{spread}")
+    if wire.sees is not None:
+        claims.append(f"client seen as {wire.sees.client}")
+    claims += [name for name, is_set in (("refused", wire.refused), ("timeout", wire.timeout)) if is_set]
+    return f"{where} → {request}{times}: {', '.join(claims) or 'answers'}"
