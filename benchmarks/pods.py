@@ -71,11 +71,11 @@ def stock_mininet(_folder: str) -> float:
     """Return ms per host on stock Mininet. Its start-up work is left out; so is its rewriting of host sysctls."""
     # mnexec -c loops over every possible descriptor: leaving a high limit would flatter us
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-    from testbed.underlay.stock import Mininet  # also marks Mininet.init as done
-
     from mininet.link import Link
     from mininet.node import Host
     from mininet.nodelib import LinuxBridge
+
+    from testbed.underlay.stock import Mininet  # also marks Mininet.init as done
 
     network = Mininet(topo=None, switch=LinuxBridge, host=Host, link=Link, controller=None, build=False)
     switch = network.addSwitch("s1")
@@ -111,7 +111,12 @@ def our_networks(folder: str) -> float:
     started = time.perf_counter()
     for number in range(HOSTS):
         network.add_pod(
-            f"dev/p{number}", f"veth{number:08x}", node="node1", hostname=f"p{number}", address=cidr[number + 2], network=cidr
+            f"dev/p{number}",
+            f"veth{number:08x}",
+            node="node1",
+            hostname=f"p{number}",
+            address=cidr[number + 2],
+            network=cidr,
         )
     return (time.perf_counter() - started) * 1000 / HOSTS
 
@@ -191,7 +196,9 @@ def main() -> None:
     if options.whole:
         print(f"  whole pod      {result['whole_pod_ms']:7.2f} ms                        budget 12 ms")
     if options.thousand:
-        print(f"  1,000 pods     {result['thousand_ready_s']:7.1f} s until every one answers, {result['thousand_mib']:.0f} MiB")
+        print(
+            f"  1,000 pods     {result['thousand_ready_s']:7.1f} s until every one answers, {result['thousand_mib']:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

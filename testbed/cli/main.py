@@ -66,9 +66,13 @@ def _output_option(*formats: str) -> Callable[[F], F]:
 
 @cli.command()
 @click.argument("name", default="lab1")
-@click.option("-t", "--topology", metavar="FILE", default="three-nodes", help="A topology file, or the name of one of ours.")
+@click.option(
+    "-t", "--topology", metavar="FILE", default="three-nodes", help="A topology file, or the name of one of ours."
+)
 @click.option("--proxy-mode", metavar="MODE", help="kube-proxy's mode, instead of the topology's.")
-@click.option("-f", "--filename", "manifests", metavar="MANIFEST", multiple=True, help="Objects to create once it is ready.")
+@click.option(
+    "-f", "--filename", "manifests", metavar="MANIFEST", multiple=True, help="Objects to create once it is ready."
+)
 def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, ...]) -> None:
     """Start a lab in the background and return when it is ready."""
     import time
@@ -215,9 +219,13 @@ def mininet_cli(lab: str | None) -> int:
 
 @cli.command()
 @click.argument("scenarios", metavar="SCENARIO...", nargs=-1, required=True)
-@click.option("--proxy-mode", "modes", metavar="MODE", multiple=True, help="Only this mode; may be given several times.")
+@click.option(
+    "--proxy-mode", "modes", metavar="MODE", multiple=True, help="Only this mode; may be given several times."
+)
 @_output_option("text", "json", "junit")
-@click.option("--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR.")
+@click.option(
+    "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
+)
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
 def run(scenarios: tuple[str, ...], modes: tuple[str, ...], output: str, report_folder: Path | None, keep: bool) -> int:
     """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""

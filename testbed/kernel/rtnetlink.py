@@ -103,7 +103,8 @@ def add_veth(
 ) -> Request:  # fmt: skip
     """Make a pair: one end here (up, a port of bridge ``master`` if given), the other in another namespace.
 
-    The other end stays down: veth refuses to come up (ENOTCONN) before both ends know each other. Both indexes are chosen by the caller, so that the requests that follow in the same batch can name them.
+    The other end stays down: veth refuses to come up (ENOTCONN) before both ends know each other. Both indexes are
+    chosen by the caller, so that the requests that follow in the same batch can name them.
     """
     peer = (
         _ifinfo(peer_index)

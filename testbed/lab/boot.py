@@ -47,7 +47,9 @@ def _be_control(request: LabRequest, spawner: socket.socket) -> None:
         report(request.progress_fd, error=str(error), status=error.exit_status)
     except BaseException as error:
         traceback.print_exc()
-        report(request.progress_fd, error=f"the control process failed: {error!r}; see {request.folder}/lab.log", status=3)
+        report(
+            request.progress_fd, error=f"the control process failed: {error!r}; see {request.folder}/lab.log", status=3
+        )
     finally:
         sys.stderr.flush()
         os._exit(status)

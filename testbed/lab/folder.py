@@ -49,7 +49,9 @@ def state_root() -> Path:
 def check_name(name: str) -> str:
     """Return a lab's name if it can be a folder's and a host's name; InputError otherwise."""
     if not _NAME.fullmatch(name):
-        raise InputError(f"lab name {name!r} must be at most 32 lower-case letters, digits and '-', and begin with one of the first two")
+        raise InputError(
+            f"lab name {name!r} must be at most 32 lower-case letters, digits and '-', and begin with no '-'"
+        )
     return name
 
 
@@ -90,7 +92,9 @@ def claim_folder(name: str) -> LabFolder:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = _lock(path)
         if folder is None:
-            raise LabError(f"a lab named {name!r} is running already; stop it with `testbed down {name}` or choose another name")
+            raise LabError(
+                f"a lab named {name!r} is running already; stop it with `testbed down {name}` or choose another name"
+            )
         if folder is not _GONE:
             break
     for entry in path.iterdir():

@@ -69,7 +69,9 @@ class Lab(AbstractContextManager["Lab"]):
             os.close(self._lifeline)
             self._lifeline = -1
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.api.close()
         if self._lifeline >= 0:
             from testbed.lab.folder import list_records
@@ -161,7 +163,7 @@ class Lab(AbstractContextManager["Lab"]):
             try:
                 connection.connect(str(self.folder / "spawner.sock"))
             except OSError as error:
-                raise LabError(f"lab {self.name!r} does not answer: {error.strerror}; is it still running? see `testbed ls`") from error
+                raise LabError(f"lab {self.name!r} does not answer: {error.strerror}; see `testbed ls`") from error
             (_, value), received = request(connection, (0, operation, arguments), fds)
         if isinstance(value, TestbedError | OSError):
             raise value

@@ -22,6 +22,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,7 +136,9 @@ class Spawner:
         for (number, operation, arguments), fds in messages:
             self._answer(connection, number, operation, arguments, fds)
 
-    def _answer(self, connection: socket.socket, number: int, operation: str, arguments: dict[str, Any], fds: list[int]) -> None:
+    def _answer(
+        self, connection: socket.socket, number: int, operation: str, arguments: dict[str, Any], fds: list[int]
+    ) -> None:
         answered = False
 
         def reply(value: Any, reply_fds: Sequence[int] = ()) -> None:
@@ -204,7 +207,9 @@ class Spawner:
             shutil.rmtree(sandbox.folder, ignore_errors=True)
         reply(None, ())
 
-    def do_update_volume(self, reply: Reply, _fds: list[int], *, pod_uid: str, volume: str, files: Mapping[str, str]) -> None:
+    def do_update_volume(
+        self, reply: Reply, _fds: list[int], *, pod_uid: str, volume: str, files: Mapping[str, str]
+    ) -> None:
         self._fill_volume(self._sandbox(pod_uid), volume, files)
         reply(None, ())
 
@@ -254,7 +259,8 @@ class Spawner:
         self._containers[spec.container_id] = container
         sandbox.containers[spec.container_id] = container
         os.set_blocking(reading, False)
-        self._selector.register(reading, selectors.EVENT_READ, lambda: self._container_started(reading, sandbox, container, reply))
+        started = partial(self._container_started, reading, sandbox, container, reply)
+        self._selector.register(reading, selectors.EVENT_READ, started)
 
     def _container_started(self, reading: int, sandbox: _Sandbox, container: _Container, reply: Reply) -> None:
         """The pipe closed: by exec, which means the program runs, or with words, which say why it does not."""
@@ -515,7 +521,9 @@ def _identity(name: str, spec: ContainerSpec, pidfd: int, env: Mapping[str, str]
     """Return who a program in this container is."""
     capabilities: frozenset[str] | None = None
     if not spec.privileged:
-        dropped = frozenset(linux.CAPABILITIES) if "ALL" in spec.drop_capabilities else frozenset(spec.drop_capabilities)
+        dropped = (
+            frozenset(linux.CAPABILITIES) if "ALL" in spec.drop_capabilities else frozenset(spec.drop_capabilities)
+        )
         added = frozenset(linux.CAPABILITIES) if "ALL" in spec.add_capabilities else frozenset(spec.add_capabilities)
         capabilities = (linux.DEFAULT_CAPABILITIES - dropped) | added
     return Target(

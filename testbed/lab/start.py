@@ -6,6 +6,7 @@ PID 1 (tini) is born in them. The host's own links, mounts, sysctls and routes a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -52,7 +53,9 @@ def check_machine() -> None:
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         packages = " ".join(sorted({_TOOLS[tool] for tool in missing}))
-        raise MissingFeature(f"missing: {', '.join(missing)}; install with `apt-get install {packages}`, or run `./dev setup`")
+        raise MissingFeature(
+            f"missing: {', '.join(missing)}; install with `apt-get install {packages}`, or run `./dev setup`"
+        )
 
 
 def start_lab(
@@ -158,7 +161,9 @@ def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -
         os.chdir("/")
         os.execvp("tini", ["tini", "--", sys.executable, "-m", "testbed.lab.boot", str(parameters)])
     except BaseException as error:
-        os.write(request.progress_fd, json.dumps({"error": f"could not isolate the lab: {error}", "status": 3}).encode())
+        os.write(
+            request.progress_fd, json.dumps({"error": f"could not isolate the lab: {error}", "status": 3}).encode()
+        )
     finally:
         os._exit(3)
 
@@ -224,9 +229,7 @@ def end_process_tree(pid: int, name: str) -> None:
         # A PID namespace's first process is not gone before all others are.
         if not select.select([pidfd], [], [], 10)[0]:
             raise LabError(f"lab {name!r}: its processes (first: {pid}) did not end within 10 s of SIGKILL")
-        try:
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # if it was our own child
-        except ChildProcessError:
-            pass
     finally:
         os.close(pidfd)

@@ -78,7 +78,7 @@ class NetlinkIntf(Intf):
     def updateAddr(self) -> tuple[str | None, str | None]:  # noqa: N802
         return self.ip, self.mac
 
-    def isUp(self, setUp: bool = False) -> bool:  # noqa: N802, N803
+    def isUp(self, setUp: bool = False) -> bool:  # noqa: N802
         with self.node.rtnetlink() as netlink:
             if setUp:
                 netlink.send([set_link(self.index, up=True)])

@@ -145,7 +145,9 @@ class LabNetwork(Mininet):
             self._node_sockets[node] = self[node].rtnetlink()
         return self._node_sockets[node]
 
-    def add_pod(self, name: str, link_name: str, *, node: str, hostname: str, address: IPv4Address, network: IPv4Network) -> PodHost:
+    def add_pod(
+        self, name: str, link_name: str, *, node: str, hostname: str, address: IPv4Address, network: IPv4Network
+    ) -> PodHost:
         """Make a pod's namespaces and its link to the node's bridge; return it when it can send and receive.
 
         Args:
@@ -160,7 +162,13 @@ class LabNetwork(Mininet):
             self.node_netlink(node).send(
                 [
                     add_veth(
-                        link_name, index, "eth0", INTERFACE_INDEX, _network_fd(pod), peer_mac=mac, master=_POD_BRIDGE_INDEX
+                        link_name,
+                        index,
+                        "eth0",
+                        INTERFACE_INDEX,
+                        _network_fd(pod),
+                        peer_mac=mac,
+                        master=_POD_BRIDGE_INDEX,
                     ),
                     set_hairpin(index),
                     add_neighbour(_POD_BRIDGE_INDEX, address, mac),

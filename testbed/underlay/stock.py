@@ -14,7 +14,7 @@ from types import ModuleType
 
 def _import_without_distutils() -> None:
     if "distutils" in sys.modules:
-        import mininet.net  # noqa: F401
+        import mininet.net
 
         return
     package, module = ModuleType("distutils"), ModuleType("distutils.version")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import signal
@@ -51,10 +52,8 @@ def spawner() -> Iterator[socket.socket]:
 
 
 def linux_restore(own: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # in the child, which cannot and need not
         linux.setns(own, linux.CLONE_NEWPID)
-    except OSError:
-        pass  # in the child, which cannot and need not
     os.close(own)
 
 
@@ -199,7 +198,11 @@ def test_volumes(spawner: socket.socket) -> None:
         mounts = (Mount(volume="scratch", path="/scratch"), Mount(volume="config", path="/etc/config"))
         only_file = (*mounts, Mount(volume="config", path="/opt/here.txt", sub_path="a.txt"))
         await running(runtime, made=sandbox(volumes=volumes), mounts=only_file)
-        seen = [await shell(runtime, "cat /etc/config/a.txt /opt/here.txt; echo data > /scratch/f; touch /etc/config/x 2>&1")]
+        seen = [
+            await shell(
+                runtime, "cat /etc/config/a.txt /opt/here.txt; echo data > /scratch/f; touch /etc/config/x 2>&1"
+            )
+        ]
         await runtime.update_volume("uid-1", "config", {"b.txt": "two"})
         await runtime.start_container(container("sleep", "60", container_id="c2", name="second", mounts=mounts))
         return [*seen, await shell(runtime, "ls /etc/config; cat /etc/config/b.txt /scratch/f", "c2")]
@@ -310,6 +313,10 @@ def test_messages_carry_errors() -> None:
     """Every error of the tree survives the way between processes with its text and attributes."""
     from testbed.errors import CommandError, RulesRejected
 
-    for error in (KernelError("x"), CommandError(["ip", "link"], 2, "no", where="node1"), RulesRejected("nft", 3, ["a"], "b")):
+    for error in (
+        KernelError("x"),
+        CommandError(["ip", "link"], 2, "no", where="node1"),
+        RulesRejected("nft", 3, ["a"], "b"),
+    ):
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), vars(copy)) == (str(error), vars(error))

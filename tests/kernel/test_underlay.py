@@ -118,7 +118,11 @@ def test_node_port_by_a_hand_written_rule() -> None:
         server.stdout.readline()
         rule = ["-A", "PREROUTING", "-p", "tcp", "--dport", "30080", "-j", "DNAT", "--to-destination", "10.244.1.2:80"]
         output(network["node1"], "iptables", "-t", "nat", *rule)
-        client = ["python3", "-c", "import socket; print(socket.create_connection(('192.168.93.11', 30080), 5).recv(99))"]
+        client = [
+            "python3",
+            "-c",
+            "import socket; print(socket.create_connection(('192.168.93.11', 30080), 5).recv(99))",
+        ]
         return output(network["client"], *client)
 
     assert in_lab(TOPOLOGY, test).strip() == "b'hello 192.168.93.100 from web'"
@@ -143,7 +147,9 @@ def test_a_pod_reaches_itself_through_its_node() -> None:
         iptables = ["iptables", "-t", "nat"]
         dnat = ["-A", "PREROUTING", "-d", "10.96.0.1", "-p", "tcp", "-j", "DNAT", "--to-destination", "10.244.1.2:80"]
         output(network["node1"], *iptables, *dnat)
-        output(network["node1"], *iptables, "-A", "POSTROUTING", "-s", "10.244.1.2", "-d", "10.244.1.2", "-j", "MASQUERADE")
+        output(
+            network["node1"], *iptables, "-A", "POSTROUTING", "-s", "10.244.1.2", "-d", "10.244.1.2", "-j", "MASQUERADE"
+        )
         client = ["python3", "-c", "import socket; print(socket.create_connection(('10.96.0.1', 80), 5).recv(99))"]
         return output(web, *client)
 
@@ -155,7 +161,9 @@ def test_nodes_have_their_own_names_and_files() -> None:
 
     def test(network: Any) -> list[str]:
         node1 = network["node1"]
-        output(node1, "sh", "-c", "echo mine > /etc/hostname; echo mine > /run/mine; echo nameserver > /etc/resolv.conf")
+        output(
+            node1, "sh", "-c", "echo mine > /etc/hostname; echo mine > /run/mine; echo nameserver > /etc/resolv.conf"
+        )
         return [
             output(node1, "hostname").strip(),
             output(node1, "cat", "/run/mine", "/etc/resolv.conf"),

@@ -1,0 +1,271 @@
+"""Labs from the command line: isolation, places, and that nothing is left however they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.lab.folder import claim_folder, list_records, state_root
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
+
+TESTBED = [sys.executable, "-m", "testbed"]
+
+
+def command(*argv: str, status: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*TESTBED, *argv], capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload]
+    assert done.returncode == status, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[str]:
+    """A lab that the tests of this file share."""
+    name = f"test-{os.getpid()}"
+    command("up", name)
+    yield name
+    command("down", name)
+
+
+def host_state() -> dict[str, str]:
+    """Return everything of the host that a lab could have changed."""
+    commands = {
+        "links": "ip -o link show | sed 's/qlen.*//'",
+        "addresses": "ip -o addr",
+        "routes": "ip route show table all; ip rule",
+        "rules": "iptables-save | grep -v '^#'; nft list ruleset; ipset list",
+        "namespaces": "ls /var/run/netns 2>/dev/null",
+        "mounts": "sort /proc/self/mountinfo | cut -d' ' -f4-",
+        "bridges": "ls /sys/class/net",
+        "sysctls": "sysctl -a 2>/dev/null | grep '^net' | grep -v 'netfilter.nf_conntrack_count\\|inode\\|neigh.*gc'",
+        "hostname": "hostname",
+        "files": "cat /etc/hosts /etc/resolv.conf /etc/hostname; ls /etc | sort",
+    }
+    return {
+        name: subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
+        for name, command in commands.items()
+    }
+
+
+def processes_of_labs() -> list[str]:
+    """Return the processes on this machine that live in another PID namespace than we do."""
+    ours = os.stat("/proc/self/ns/pid").st_ino
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.stat(entry / "ns" / "pid").st_ino != ours:
+                    found.append(f"{entry.name} {(entry / 'cmdline').read_text().replace(chr(0), ' ')}")
+            except OSError:
+                continue
+    return found
+
+
+def lab_pid(name: str) -> int:
+    return next(record.pid for record in list_records() if record.name == name)
+
+
+def test_the_host_stays_as_it_is() -> None:
+    """Links, addresses, routes, rules, mounts, sysctls and files are the same before, during and after a lab."""
+    before = host_state()
+    command("up", "isolated")
+    during = host_state()
+    command("down", "isolated")
+    assert during == before
+    assert host_state() == before
+
+
+def test_killing_the_first_process_removes_everything(eventually: Callable[..., object]) -> None:
+    """A second after SIGKILL no process of the lab is left, and the next `ls` removes its folder."""
+    others = set(processes_of_labs())
+    command("up", "victim")
+    pid = lab_pid("victim")
+    assert set(processes_of_labs()) - others
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not set(processes_of_labs()) - others, within_s=1)
+    assert (state_root() / "victim").is_dir()
+    assert "victim" not in command("ls", "-o", "json").stdout
+    assert not (state_root() / "victim").exists()
+
+
+def test_two_labs_of_one_topology(lab: str) -> None:
+    """Labs run side by side with the same names and addresses, and a rule in one is not in the other."""
+    command("up", "second")
+    try:
+        both = {row["name"]: row for row in json.loads(command("ls", "-o", "json").stdout)}
+        assert both["second"]["nodes"] == both[lab]["nodes"] == ["node1", "node2", "node3"]
+        command("exec", "-l", "second", "node1", "--", "iptables", "-N", "ONLY-HERE")
+        assert "ONLY-HERE" in command("exec", "-l", "second", "node1", "--", "iptables-save").stdout
+        assert "ONLY-HERE" not in command("exec", "-l", lab, "node1", "--", "iptables-save").stdout
+        refusal = command("exec", "node1", "--", "true", status=3).stderr
+        assert "several labs are running" in refusal
+        assert "name one" in refusal
+    finally:
+        command("down", "second")
+
+
+def test_a_name_that_is_taken(lab: str) -> None:
+    """A second lab of a name is refused, and the first one keeps running."""
+    refusal = command("up", lab, status=3).stderr
+    assert f"a lab named '{lab}' is running already; stop it with `testbed down {lab}`" in refusal
+    command("exec", "-l", lab, "node1", "--", "true")
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "x;y", "A", "", "x\ny", "a" * 40])
+def test_names_that_could_lead_elsewhere(name: str) -> None:
+    """A lab's name that is no plain name is refused before anything is made."""
+    before = sorted(state_root().iterdir()) if state_root().is_dir() else []
+    assert "must be at most 32 lower-case letters" in command("up", "--", name, status=2).stderr
+    assert (sorted(state_root().iterdir()) if state_root().is_dir() else []) == before
+
+
+def test_what_a_dead_lab_left_is_reused() -> None:
+    """A folder that nobody holds is taken over with nothing of the old lab in it."""
+    folder = claim_folder("leftover")
+    (folder.path / "spawner.sock").touch()
+    (folder.path / "private").mkdir()
+    folder.unlock()
+    again = claim_folder("leftover")
+    assert sorted(entry.name for entry in again.path.iterdir()) == ["api", "lock"]
+    again.remove()
+    assert not (state_root() / "leftover").exists()
+
+
+def test_kube_proxy_has_synced_when_up_returns(lab: str) -> None:
+    """On every node the chains of Service default/kubernetes are there: it has no endpoints, so it is rejected."""
+    for node in ("node1", "node2", "node3"):
+        rules = command("exec", "-l", lab, node, "--", "iptables-save").stdout
+        assert (
+            '-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m comment --comment "default/kubernetes:https has no endpoints"'
+            in rules
+        )
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        pytest.param(["sh", "-c", "exit 7"], 7, id="status of the command"),
+        pytest.param(["nosuch-program"], 127, id="not found, as a shell says it"),
+        pytest.param(["sh", "-c", "kill -9 $$"], 137, id="killed"),
+        pytest.param(["true"], 0, id="success"),
+    ],
+)
+def test_exec_ends_as_the_command_does(lab: str, argv: list[str], status: int) -> None:
+    """`testbed exec` has the exit status of what it ran."""
+    command("exec", "-l", lab, "node1", "--", *argv, status=status)
+
+
+def test_exec_passes_streams_and_words_through(lab: str) -> None:
+    """Standard input, output and error stay apart; words are not read as our options, nor by a shell."""
+    done = command("exec", "-l", lab, "client", "--", "sh", "-c", 'cat; echo "$1" >&2', "-", "-l $(id)", input="in\n")
+    assert (done.stdout, done.stderr) == ("in\n", "-l $(id)\n")
+
+
+def test_tcpdump_as_typed(lab: str) -> None:
+    """`testbed exec node1 -- tcpdump -ni any` shows packets until it is interrupted."""
+    argv = [*TESTBED, "exec", "-l", lab, "node1", "--", "tcpdump", "-lni", "any", "icmp"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as dump:
+        assert dump.stdout
+        assert dump.stderr
+        while "listening on any" not in dump.stderr.readline():
+            pass
+        command("exec", "-l", lab, "client", "--", "ping", "-c1", "-W2", "192.168.93.11")
+        line = dump.stdout.readline()
+        dump.send_signal(signal.SIGTERM)
+        assert dump.wait(timeout=10) == 0
+    assert "192.168.93.100 > 192.168.93.11: ICMP echo request" in line
+
+
+@pytest.mark.parametrize("where", ["nowhere", "dev/nothing", "$(id)", "../node1", "lan"])
+def test_places_that_are_not_there(lab: str, where: str) -> None:
+    """An unknown place is an error that lists the ones there are."""
+    refusal = command("exec", "-l", lab, where, "--", "true", status=2).stderr
+    assert repr(where) in refusal
+    assert "node1, node2, node3, client" in refusal or "kube-system/kube-proxy-" in refusal
+
+
+def test_exec_without_a_command(lab: str) -> None:
+    """Nothing to run is bad input, with the form to type."""
+    assert "testbed exec node1 -- CMD..." in command("exec", "-l", lab, "node1", status=2).stderr
+
+
+def test_exec_in_a_pod(lab: str, eventually: Callable[..., object]) -> None:
+    """A pod is NAMESPACE/POD; the command joins its processes, files and network."""
+    pods = eventually(lambda: _kube_proxy_pods(lab))
+    assert isinstance(pods, list)
+    done = command("exec", "-l", lab, pods[0], "--", "sh", "-c", "cat /proc/1/comm; ls /var/run/testbed")
+    assert done.stdout == "kube-proxy\napi.sock\n"
+
+
+def _kube_proxy_pods(lab: str) -> list[str]:
+    refusal = command("exec", "-l", lab, "dev/nothing", "--", "true", status=2).stderr
+    return [word.strip(",\n ") for word in refusal.split() if word.startswith("kube-system/kube-proxy-")]
+
+
+def test_mininet_cli(lab: str) -> None:
+    """Mininet's own command line answers on the caller's descriptors."""
+    done = command("cli", "-l", lab, input="nodes\nnode1 hostname\nclient ping -c1 -W2 192.168.93.11\nexit\n")
+    assert "node1" in done.stdout
+    assert ", 0% packet loss" in done.stdout
+
+
+def test_interrupted_start(eventually: Callable[..., object]) -> None:
+    """Ctrl-C in the middle of a start ends with 130, and everything is gone."""
+    others = set(processes_of_labs())
+    with subprocess.Popen(
+        [*TESTBED, "up", "halfway"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as start:
+        eventually(lambda: set(processes_of_labs()) - others, within_s=10)
+        start.send_signal(signal.SIGINT)
+        _, stderr = start.communicate(timeout=20)
+    assert start.returncode == 130
+    assert "interrupted" in stderr
+    assert not set(processes_of_labs()) - others
+    assert not (state_root() / "halfway").exists()
+
+
+def test_a_starter_that_is_killed_takes_its_lab_along(eventually: Callable[..., object]) -> None:
+    """SIGKILL to `testbed up` before the lab is ready leaves no process behind."""
+    others = set(processes_of_labs())
+    with subprocess.Popen([*TESTBED, "up", "orphan"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as start:
+        eventually(lambda: set(processes_of_labs()) - others, within_s=10)
+        start.kill()
+    eventually(lambda: not set(processes_of_labs()) - others, within_s=3)
+    command("ls")
+    assert not (state_root() / "orphan").exists()
+
+
+def test_down_is_quick_and_complete(eventually: Callable[..., object]) -> None:
+    """`down` returns when every process has ended; a second `down` says that there is no such lab."""
+    command("up", "short")
+    started = time.monotonic()
+    assert command("down", "short").stdout == "lab short is gone\n"
+    assert time.monotonic() - started < 5  # the budget, 1 s, is measured in benchmarks/up.py
+    assert "no lab named 'short' is running" in command("down", "short", status=3).stderr
+
+
+def test_not_root() -> None:
+    """Without root, one line says so."""
+    root = Path(__file__).resolve().parents[2]
+    code = f"import os, sys; sys.path.insert(0, {str(root)!r}); import testbed.cli.main as m, click, msgspec, yaml\n"
+    code += "import testbed.lab.start, testbed.manifests, testbed.scenario.modes\n"
+    code += "os.setuid(65534); sys.argv = ['testbed', 'up', 'x']; m.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: a lab needs root: run this command as root, or with sudo\n"
+
+
+def test_missing_tool(tmp_path: Path) -> None:
+    """A tool that is not installed is named, with its package."""
+    for tool in ("ip", "iptables-restore", "nsenter", "nginx", "conntrack"):
+        (tmp_path / tool).symlink_to("/bin/true")
+    done = command("up", "x", status=3, env={**os.environ, "PATH": str(tmp_path)})
+    assert "missing: tini; install with `apt-get install tini`" in done.stderr

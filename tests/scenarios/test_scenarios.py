@@ -1,0 +1,23 @@
+"""Every scenario file, run as a user runs it: real kernel rules, real packets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios").glob("*/scenario.yaml"))
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.parent.name)
+def test_scenario(path: Path) -> None:
+    """Every step of the scenario passes, in each proxy mode that this version and kernel can run."""
+    command = [sys.executable, "-m", "testbed", "run", str(path.parent), "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout)
