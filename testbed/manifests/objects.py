@@ -46,6 +46,10 @@ class SourceObject:
         return str(self.object["metadata"].get("name") or self.object["metadata"].get("generateName") or "")
 
     @property
+    def labels(self) -> dict[str, str]:
+        return _labels(self.object)
+
+    @property
     def pod_labels(self) -> dict[str, str] | None:
         """The labels of the pods that come from it; None when it makes no pods."""
         if self.kind == "Pod":

@@ -9,15 +9,15 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from msgspec import Meta, field
 
 from testbed.errors import ManifestError, Problem
-from testbed.manifests.crosscheck import cross_check
+from testbed.manifests.crosscheck import makes_objects, missing, missing_namespaces
 from testbed.manifests.decode import Decoded, Wire, json_schema
-from testbed.manifests.objects import SourceObject, read_objects_file
+from testbed.manifests.objects import SourceObject, read_objects_file, unmatched_selectors
 from testbed.manifests.scalars import (
     SUBDOMAIN_PATTERN,
     Duration,
@@ -59,7 +59,6 @@ from testbed.model.scenario import (
 from testbed.model.topology import Topology
 
 SCENARIO_FILE = "scenario.yaml"
-T = TypeVar("T")
 
 # ── the format ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -251,6 +250,15 @@ def read_scenario(document: Document) -> tuple[Scenario | None, list[Problem]]:
     return (None if any(not problem.warning for problem in problems) else scenario), problems
 
 
+class Reference(NamedTuple):
+    """A place of the file that names objects of the cluster."""
+
+    resource: Resource
+    selector: Selector
+    wire: Wire
+    steps: tuple[str, ...]
+
+
 class _Reader:
     """Turns a decoded spec into a Scenario. Fields that are None were reported by the decoder already."""
 
@@ -259,6 +267,7 @@ class _Reader:
         self.refuse = decoded.refuse
         self.spec = spec
         self.file = file
+        self.references: list[Reference] = []
         self.problems_elsewhere: list[Problem] = []
         self.objects: list[SourceObject] = []
         self.topology: Topology | None = None
@@ -271,7 +280,7 @@ class _Reader:
         if not self.modes and self.topology is not None and not self.decoded.is_unread(self.spec, "proxyModes"):
             self.modes = (self.topology.proxy_mode,)
         steps = [step for wire in self.spec.steps or () if (step := self._step(wire))]
-        self.problems_elsewhere += cross_check(steps, self.objects, self.topology)
+        self._cross_check(steps)
         if metadata is None or metadata.name is None or self.topology is None or topology_file is None:
             return None
         return Scenario(
@@ -301,6 +310,15 @@ class _Reader:
         except ManifestError as error:
             self.problems_elsewhere += error.problems
         return path
+
+    def _cross_check(self, steps: Sequence[Step]) -> None:
+        self.problems_elsewhere += unmatched_selectors(self.objects)
+        if any(isinstance(step, KubectlStep) and makes_objects(step.argv) for step in steps):
+            return  # what there will be is for kubectl to know
+        self.problems_elsewhere += missing_namespaces(self.objects)
+        for reference in self.references:
+            if reason := missing(reference.resource, reference.selector, self.objects, self.topology):
+                self.refuse(reference.wire, *reference.steps, reason=reason)
 
     # Steps
 
@@ -408,10 +426,12 @@ class _Reader:
 
     def _selector(self, wire: Wire, resource: Resource, text: str, *steps: str) -> Selector | None:
         try:
-            return parse_selector(text) if resource.namespaced else parse_cluster_selector(text)
+            selector = parse_selector(text) if resource.namespaced else parse_cluster_selector(text)
         except ValueError as error:
             self.refuse(wire, *steps, reason=str(error))
             return None
+        self.references.append(Reference(resource, selector, wire, steps))
+        return selector
 
     def _scale(self, wire: ScaleWire, about: dict[str, Any]) -> ScaleStep | None:
         kind = self._one_of(wire, ("deployment", "replicaset"))
