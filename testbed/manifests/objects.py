@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import ManifestError, Problem
-from testbed.manifests.kinds import unknown_fields, validate_object
-from testbed.manifests.kinds.fields import KINDS, STRUCTS
+from testbed.manifests.kinds import validate_object
+from testbed.manifests.kinds.fields import KINDS
 from testbed.manifests.source import Document, Lines, find_line, parse_documents, read_text
-from testbed.manifests.text import describe_value, format_path, suggestion, unknown_field
+from testbed.manifests.text import describe_value, suggestion
+from testbed.manifests.typecheck import find_misfits
 from testbed.model.objects import BY_KIND, Object, matches_labels
 
 # Whose ``spec.template`` makes pods, called NAME-something.
@@ -155,9 +156,9 @@ def _object_problems(value: Any, lines: Lines, file: str) -> list[Problem]:
         kinds = [known for version, known in BY_KIND if version == api_version]
         if hint := suggestion(kind, kinds, cutoff=0.8):
             found.append(problem("kind", f'no kind "{kind}" in version "{api_version}"{hint}'))
-    paths = unknown_fields(value)
-    found += [problem(path, unknown_field_of(value, path)) for path in paths]
-    found += [problem(cause.field, str(cause)) for cause in validate_object(value)]
+    found += [problem(path, message) for path, message in find_misfits(value)]
+    if not found:  # the rules rely on the types
+        found += [problem(cause.field, str(cause)) for cause in validate_object(value)]
     return found
 
 
@@ -178,28 +179,6 @@ def _name_problems(metadata: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def unknown_field_of(obj: Object, path: str) -> str:
-    """Return the text for an unknown field of an object, with the most similar field that its place does have."""
-    parent, _, name = path.rpartition(".")
-    known = _fields_at(KINDS.get(_resource_key(obj), ""), parent)
-    text = unknown_field(name, known)
-    return f"{parent}: {text}" if parent else text
-
-
-def _resource_key(obj: Object) -> str:
-    resource = BY_KIND.get((obj["apiVersion"], obj["kind"]))
-    return resource.key if resource is not None else ""
-
-
-def _fields_at(struct: str, path: str) -> Sequence[str]:
-    """Return the fields of the struct at a path: ``spec.ports[0]`` of Service is ServicePort."""
-    fields = STRUCTS.get(struct, {})
-    for step in re.findall(r"[^.\[\]]+", re.sub(r"\[[0-9]+\]", "", path)):
-        _, _, struct = fields.get(step, "").rpartition("v1.")
-        fields = STRUCTS.get(struct, {})
-    return tuple(fields)
-
-
 def unmatched_selectors(objects: Sequence[SourceObject]) -> list[Problem]:
     """Return a warning for each Service whose selector fits no pod that these objects make."""
     problems = []
@@ -215,9 +194,5 @@ def unmatched_selectors(objects: Sequence[SourceObject]) -> list[Problem]:
             continue
         shown = ",".join(f"{key}={value}" for key, value in selector.items())
         reason = f"Service {service.namespace}/{service.name}: selector {shown!r} matches no pod of these manifests"
-        problems.append(
-            Problem(
-                service.file, service.line_of("spec.selector"), f"{format_path(('spec', 'selector'))}: {reason}", True
-            )
-        )
+        problems.append(Problem(service.file, service.line_of("spec.selector"), f"spec.selector: {reason}", True))
     return problems
