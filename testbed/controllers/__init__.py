@@ -1,1 +1,34 @@
-"""TBD"""
+"""Controllers: objects in, objects out. Each is a set of pure decisions and a thin reconcile that writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from testbed.controllers.deployment import DeploymentController
+from testbed.controllers.driver import Controller, ControllerDriver
+from testbed.controllers.events import record_event
+from testbed.controllers.garbage import GarbageCollector
+from testbed.controllers.index import ClusterIndex
+from testbed.controllers.replicaset import ReplicaSetController
+from testbed.controllers.scheduler import Scheduler
+from testbed.controllers.system import NamespaceController, ServiceAccountController, ensure_system_namespaces
+from testbed.model.cluster import ClusterConfig
+
+__all__ = ["Controller", "ControllerDriver", "default_controllers", "ensure_system_namespaces", "record_event"]
+
+
+def default_controllers(config: ClusterConfig, *, pick: Callable[[int], int]) -> list[Controller]:
+    """Return the controllers of a cluster, with an index that they share at the head.
+
+    None of them needs ``config`` or chance so far: the registry allocates addresses and makes up names.
+    """
+    index = ClusterIndex()
+    return [
+        index,
+        NamespaceController(),
+        ServiceAccountController(),
+        GarbageCollector(index),
+        DeploymentController(index),
+        ReplicaSetController(index),
+        Scheduler(index),
+    ]
