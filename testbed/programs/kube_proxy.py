@@ -72,7 +72,8 @@ class Api(Protocol):
         *,
         resource_version: str = "",
         label_selector: str = "",
-        timeout_s: float = 0,
+        field_selector: str = "",
+        timeout_s: float | None = None,
     ) -> Iterator[tuple[str, Object]]: ...
 
 
@@ -118,6 +119,7 @@ class Watcher:
         log: Callable[[str], None],
         *,
         label_selector: str = "",
+        field_selector: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._api = api
@@ -125,6 +127,7 @@ class Watcher:
         self._emit = emit
         self._log = log
         self._label_selector = label_selector
+        self._field_selector = field_selector
         self._sleep = sleep
         self._version = ""  # '' asks for a list first
         self._back_off_s = _BACK_OFF_FIRST_S
@@ -138,7 +141,9 @@ class Watcher:
         """List if that is due, then follow one watch to its end; wait before returning when that went wrong."""
         try:
             if not self._version:
-                objects, version = self._api.list(self._resource, label_selector=self._label_selector)
+                objects, version = self._api.list(
+                    self._resource, label_selector=self._label_selector, field_selector=self._field_selector
+                )
                 self._emit(Listed(self._resource, tuple(objects)))
                 self._version = version
                 self._recovered()
@@ -158,6 +163,7 @@ class Watcher:
             self._resource,
             resource_version=self._version,
             label_selector=self._label_selector,
+            field_selector=self._field_selector,
             timeout_s=_WATCH_TIMEOUT_S,
         )
         for kind, obj in events:
@@ -580,9 +586,13 @@ def main(args: Mapping[str, Any]) -> int:
         config, node, proxier, runner,
         health=health, metrics=metrics, log=log, on_health_checks=faces.show_health_checks,
     )  # fmt: skip
-    for resource, selector in ((SERVICES, PROXIED_SELECTOR), (SLICES, PROXIED_SELECTOR), (NODES, "")):
+    for resource, labels, fields in (
+        (SERVICES, PROXIED_SELECTOR, ""),
+        (SLICES, PROXIED_SELECTOR, ""),
+        (NODES, "", f"metadata.name={node}"),
+    ):
         api: Api = ApiClient(str(args["api_socket"]))
-        watcher = Watcher(api, resource, messages.put, log, label_selector=selector)
+        watcher = Watcher(api, resource, messages.put, log, label_selector=labels, field_selector=fields)
         threading.Thread(target=watcher.run, name=f"watch-{resource}", daemon=True).start()
     run(loop, messages, ready_file=str(args.get("ready_file") or ""))
     return 0

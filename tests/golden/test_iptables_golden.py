@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from compare import differences, parse
+from proxy_support import real_iptables, without_counters
 
 from testbed.dataplane.changes import ChangeTracker
 from testbed.dataplane.iptables import Installed, IptablesRenderer, make_settings, parse_installed
 from testbed.dataplane.state import ProxyState
 from testbed.kernel.iptables import Backend, Iptables
-from testbed.kernel.runner import SubprocessRunner
 from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.service import parse_node
 
@@ -41,28 +39,11 @@ def load(path: Path) -> tuple[IptablesRenderer, ProxyState]:
     return IptablesRenderer(settings), tracker.take()[0]
 
 
-@pytest.fixture(scope="module", params=list(Backend), ids=lambda backend: backend.value)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """One of the two families of iptables tools."""
-    tool = f"iptables-{request.param.value}-restore"
-    if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not installed (apt-get install iptables)")
-    return Backend(request.param)
-
-
-@pytest.fixture
-def iptables(backend: Backend, tmp_path: Path) -> Iterator[Iptables]:
+@pytest.fixture(params=list(Backend), ids=lambda backend: backend.value)
+def iptables(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Iptables]:
     """The tools of one family in a network namespace of their own."""
-    holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdin and holder.stdout
-    holder.stdin.write(b"x")
-    holder.stdin.flush()
-    holder.stdout.read(1)  # cat runs, so the namespace is there
-    enter = ["nsenter", f"--net=/proc/{holder.pid}/ns/net"]
-    try:
-        yield Iptables(SubprocessRunner({"XTABLES_LOCKFILE": str(tmp_path / "lock")}, prefix=enter), backend)
-    finally:
-        holder.communicate()
+    with real_iptables(request.param, tmp_path) as runner:
+        yield Iptables(runner, request.param)
 
 
 @pytest.mark.root
@@ -72,15 +53,9 @@ def test_kernel_holds_what_kube_proxy_wrote(path: Path, iptables: Iptables) -> N
     renderer, state = load(path)
     iptables.apply(renderer.full(state, Installed()).text)
     saved = iptables.save()
-    ours = {key: rules for key, rules in parse(strip_counters(saved)).items() if key[0] in ("filter", "nat")}
+    ours = {key: rules for key, rules in parse(without_counters(saved)).items() if key[0] in ("filter", "nat")}
     assert list(differences(ours, parse(path.with_suffix(".iptables").read_text()))) == []
     # Again, knowing what is there: nothing is added a second time.
     iptables.apply(renderer.full(state, parse_installed(saved)).text)
     again = iptables.save()
-    assert strip_counters(again) == strip_counters(saved)
-
-
-def strip_counters(saved: str) -> str:
-    """Return a dump without dates and packet counts."""
-    lines = (line.rsplit(" [", 1)[0] for line in saved.splitlines() if not line.startswith("#"))
-    return "\n".join(lines)
+    assert without_counters(again) == without_counters(saved)

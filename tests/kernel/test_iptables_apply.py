@@ -1,0 +1,202 @@
+"""The iptables applier, on both families of real tools and on the stand-in that unit tests use: one class for all three."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from proxy_support import (
+    FakeIptables,
+    endpoint,
+    endpoint_slice,
+    real_iptables,
+    service,
+    settings_of,
+    state_of,
+    without_counters,
+)
+
+from testbed.dataplane.iptables import JUMPS, IptablesRenderer, parse_installed, render_full
+from testbed.dataplane.trace import Node, Packet, parse_rules, to_endpoints, trace
+from testbed.errors import CommandError, MissingFeature, RulesRejected
+from testbed.kernel.conntrack import delete_udp_flows
+from testbed.kernel.iptables import Backend, Iptables, detect_backend, refused_line
+from testbed.kernel.runner import Runner, SubprocessRunner
+from testbed.model.service import ServicePortName
+from testbed.programs.proxy_iptables import IptablesProxier
+
+WEB, DB = service("web", "172.30.0.41", node_port=30080), service("db", "172.30.0.42")
+SLICES = [
+    endpoint_slice("web", endpoint("10.180.0.1"), endpoint("10.180.1.1", "node2")),
+    endpoint_slice("db", endpoint("10.180.0.2")),
+]
+WEB_PORT = ServicePortName("ns", "web", "p80", "TCP")
+NOTHING: frozenset[ServicePortName] = frozenset()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("fake", id="stand-in"),
+        pytest.param("legacy", marks=pytest.mark.root),
+        pytest.param("nft", marks=pytest.mark.root),
+    ]
+)
+def tools(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Runner, Backend]]:
+    """iptables in a namespace of its own, or the stand-in."""
+    if request.param == "fake":
+        yield FakeIptables(), Backend.LEGACY
+        return
+    backend = Backend(request.param)
+    with real_iptables(backend, tmp_path) as runner:
+        yield runner, backend
+
+
+class TestApplier:
+    """What holds for the real tools and for the stand-in."""
+
+    def test_second_sync_changes_nothing(self, tools: tuple[Runner, Backend]) -> None:
+        """The same state twice, partial and full, leaves the same rules; nothing is added again."""
+        iptables = Iptables(*tools)
+        proxier, state, settings = IptablesProxier(iptables), state_of([WEB, DB], SLICES), settings_of()
+        assert proxier.sync(state, NOTHING, settings).full
+        first = without_counters(iptables.save())
+        assert not proxier.sync(state, NOTHING, settings).full
+        assert without_counters(iptables.save()) == first
+        IptablesProxier(iptables).sync(state, NOTHING, settings)
+        assert without_counters(iptables.save()) == first
+        assert proxier.find_damage() == ""
+
+    def test_service_that_went_leaves_nothing(self, tools: tuple[Runner, Backend]) -> None:
+        """A partial sync after a removal ends in the rules that a node which never had the Service has."""
+        runner, backend = tools
+        iptables, settings = Iptables(runner, backend), settings_of()
+        proxier = IptablesProxier(iptables)
+        proxier.sync(state_of([WEB, DB], SLICES), NOTHING, settings)
+        assert "ns/web" in iptables.save()
+        proxier.sync(state_of([DB], SLICES[1:]), frozenset({WEB_PORT}), settings)
+        saved = iptables.save()
+        assert "ns/web" not in saved
+        wanted = render_full(state_of([DB], SLICES[1:]), settings)
+        assert parse_installed(saved).chains == wanted.chains
+        assert parse_installed(saved).rules == wanted.rules
+
+    def test_flush_is_found_and_repaired(self, tools: tuple[Runner, Backend]) -> None:
+        """After somebody emptied our nat chains and jumps, a full sync brings back the same dump."""
+        iptables = Iptables(*tools)
+        proxier, state, settings = IptablesProxier(iptables), state_of([WEB, DB], SLICES), settings_of()
+        proxier.sync(state, NOTHING, settings)
+        before = without_counters(iptables.save())
+        iptables.apply("*nat\n-F OUTPUT\n-F PREROUTING\n-F KUBE-SERVICES\nCOMMIT\n")
+        assert "a jump is gone from nat" in proxier.find_damage()
+        proxier.require_full()
+        assert proxier.sync(state, NOTHING, settings).full
+        assert without_counters(iptables.save()) == before
+
+    def test_lost_canary_is_found(self, tools: tuple[Runner, Backend]) -> None:
+        """The canary of mangle is missed."""
+        iptables = Iptables(*tools)
+        proxier = IptablesProxier(iptables)
+        proxier.sync(state_of([WEB], SLICES), NOTHING, settings_of())
+        iptables.apply("*mangle\n-X KUBE-PROXY-CANARY\nCOMMIT\n")
+        assert proxier.find_damage() == "the canary chain is gone from mangle"
+
+    def test_others_rules_stay(self, tools: tuple[Runner, Backend]) -> None:
+        """Rules and chains of others survive syncs, below our jumps."""
+        iptables = Iptables(*tools)
+        iptables.apply("*filter\n:MINE - [0:0]\n-A MINE -j ACCEPT\n-A INPUT -j MINE\nCOMMIT\n")
+        proxier = IptablesProxier(iptables)
+        proxier.sync(state_of([WEB], SLICES), NOTHING, settings_of())
+        proxier.sync(state_of([], []), frozenset({WEB_PORT}), settings_of())
+        saved = iptables.save().splitlines()
+        inputs = [line for line in saved if line.startswith("-A INPUT")]
+        assert inputs[-1] == "-A INPUT -j MINE" and len(inputs) == 5
+        assert "-A MINE -j ACCEPT" in saved
+
+    def test_refused_line_is_named(self, tools: tuple[Runner, Backend]) -> None:
+        """A jump to a chain that does not exist is refused, and nothing of that table changes."""
+        iptables = Iptables(*tools)
+        with pytest.raises((RulesRejected, CommandError), match="line|KUBE-NOWHERE"):
+            iptables.apply("*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j KUBE-NOWHERE\nCOMMIT\n")
+        assert "KUBE-A" not in iptables.save()
+
+    def test_saved_rules_trace_as_the_rendered_ones(self, tools: tuple[Runner, Backend]) -> None:
+        """A packet's fate is the same by what we write and by what the kernel prints."""
+        iptables, node = Iptables(*tools), Node.of("192.168.0.2")
+        payload = IptablesRenderer(settings_of()).full(state_of([WEB, DB], SLICES), parse_installed(""))
+        iptables.apply(payload.text)
+        packet, fate = (
+            Packet("203.0.113.2", "192.168.0.2", 30080),
+            to_endpoints("10.180.0.1:80", "10.180.1.1:80", masquerade=True),
+        )
+        assert trace(parse_rules(payload.text), packet, node) == fate
+        assert trace(parse_rules(iptables.save()), packet, node) == fate
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("backend", list(Backend), ids=lambda backend: backend.value)
+def test_bad_option_is_refused_with_its_neighbours(backend: Backend, tmp_path: Path) -> None:
+    """The error shows the line, its number and the lines around it."""
+    with real_iptables(backend, tmp_path) as runner:
+        text = "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -p tcp --dprt 80 -j ACCEPT\nCOMMIT\n"
+        with pytest.raises(RulesRejected) as refusal:
+            Iptables(runner, backend).apply(text)
+    assert refusal.value.line_number == 3
+    assert "> 3: -A KUBE-A -p tcp --dprt 80 -j ACCEPT" in refusal.value.context
+    assert "dprt" in refusal.value.reason
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("backend", list(Backend), ids=lambda backend: backend.value)
+def test_jumps_are_saved_as_we_compare_them(backend: Backend, tmp_path: Path) -> None:
+    """iptables-save prints every jump exactly as `Jump.saved`, or each full sync would add it again."""
+    with real_iptables(backend, tmp_path) as runner:
+        iptables = Iptables(runner, backend)
+        iptables.apply(render_full(state_of([], []), settings_of()).text)
+        assert parse_installed(iptables.save()).jumps == {(jump.table, jump.saved) for jump in JUMPS}
+
+
+@pytest.mark.root
+def test_forgetting_flows_that_are_not_there(tmp_path: Path) -> None:
+    """conntrack(8) ends with status 1 when there was nothing to delete; that is success."""
+    with real_iptables(Backend.LEGACY, tmp_path) as runner:
+        Iptables(runner, Backend.LEGACY).apply(render_full(state_of([], []), settings_of()).text)
+        try:
+            delete_udp_flows(runner, port=30053)
+        except (MissingFeature, CommandError) as error:
+            if "not installed" in str(error) or "No such file" in str(error):
+                pytest.skip("conntrack is not installed (apt-get install conntrack)")
+            raise
+
+
+def test_missing_tool_is_named() -> None:
+    """The error says which package has it."""
+    with pytest.raises(MissingFeature, match=r"conntrack is not installed \(apt-get install conntrack\)"):
+        SubprocessRunner({"PATH": "/nonexistent"}).run(["conntrack", "-L"])
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [("iptables v1.8.9 (nf_tables)\n", Backend.NFT), ("iptables v1.8.9 (legacy)\n", Backend.LEGACY), ("iptables v1.6.1\n", Backend.LEGACY)],
+)  # fmt: skip
+def test_backend_is_the_machines_unless_chosen(version: str, wanted: Backend) -> None:
+    """``iptables --version`` decides; old releases have one backend and do not name it."""
+
+    class Versions:
+        run: Callable[..., str] = staticmethod(lambda argv, **_: version)
+
+    assert detect_backend(Versions()) is wanted
+    assert detect_backend(Versions(), "nft") is Backend.NFT
+
+
+@pytest.mark.parametrize(
+    ("stderr", "line"),
+    [
+        ("iptables-restore: line 3 failed: No chain/target/match by that name.\n", 3),
+        ('iptables-restore v1.8.9 (legacy): unknown option "--dprt"\nError occurred at line: 12\nTry `…\n', 12),
+        ("Another app is currently holding the xtables lock.\n", None),
+    ],
+)
+def test_refused_line(stderr: str, line: int | None) -> None:
+    """Both forms of refusal name the line; other failures have none."""
+    assert refused_line(stderr) == line
