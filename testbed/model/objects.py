@@ -69,6 +69,12 @@ def _rbac(plural: str, kind: str, namespaced: bool) -> Resource:
     return Resource(group="rbac.authorization.k8s.io", version="v1", plural=plural, kind=kind, namespaced=namespaced)
 
 
+def _stored(group: str, version: str, plural: str, kind: str, *short: str, namespaced: bool = True) -> Resource:
+    return Resource(group=group, version=version, plural=plural, kind=kind, namespaced=namespaced, short_names=short)
+
+
+_ADMISSION = "admissionregistration.k8s.io"
+
 RESOURCES: tuple[Resource, ...] = (
     _core("namespaces", "Namespace", "ns", subresources=("status", "finalize"), namespaced=False),
     _core("nodes", "Node", "no", subresources=("status",), namespaced=False),
@@ -93,6 +99,24 @@ RESOURCES: tuple[Resource, ...] = (
     _rbac("rolebindings", "RoleBinding", True),
     _rbac("clusterroles", "ClusterRole", False),
     _rbac("clusterrolebindings", "ClusterRoleBinding", False),
+    # Stored and listed, so that manifests made for a real cluster apply; nothing acts on them.
+    _stored("", "v1", "persistentvolumes", "PersistentVolume", "pv", namespaced=False),
+    _stored("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim", "pvc"),
+    _stored("", "v1", "replicationcontrollers", "ReplicationController", "rc"),
+    _stored("", "v1", "resourcequotas", "ResourceQuota", "quota"),
+    _stored("", "v1", "limitranges", "LimitRange", "limits"),
+    _stored("", "v1", "podtemplates", "PodTemplate"),
+    _stored("apps", "v1", "statefulsets", "StatefulSet", "sts"),
+    _stored("apps", "v1", "controllerrevisions", "ControllerRevision"),
+    _stored("batch", "v1", "cronjobs", "CronJob", "cj"),
+    _stored("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", "hpa"),
+    _stored("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", "pdb"),
+    _stored("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", "netpol"),
+    _stored("storage.k8s.io", "v1", "storageclasses", "StorageClass", "sc", namespaced=False),
+    _stored("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", "pc", namespaced=False),
+    _stored("node.k8s.io", "v1", "runtimeclasses", "RuntimeClass", namespaced=False),
+    _stored(_ADMISSION, "v1", "validatingwebhookconfigurations", "ValidatingWebhookConfiguration", namespaced=False),
+    _stored(_ADMISSION, "v1", "mutatingwebhookconfigurations", "MutatingWebhookConfiguration", namespaced=False),
 )  # fmt: skip
 
 BY_KEY: dict[str, Resource] = {resource.key: resource for resource in RESOURCES}

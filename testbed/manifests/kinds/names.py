@@ -165,6 +165,8 @@ def port_number_problems(value: int) -> list[str]:
 def parse_address(text: str) -> IPv4Address | IPv6Address | None:
     """Return the address, or None for text that is none."""
     try:
+        if "%" in text:  # a zone is no part of an address that others use
+            return None
         return IPv6Address(text) if ":" in text else IPv4Address(text)
     except AddressValueError:
         return None
