@@ -27,7 +27,7 @@ from testbed.errors import ApiError
 from testbed.manifests import kinds
 from testbed.model.objects import BY_KEY, Object, Resource
 from testbed.registry import Registry
-from testbed.registry.registry import bad_request, undecodable
+from testbed.registry.errors import bad_request, undecodable
 from testbed.registry.scale import scale_of
 from testbed.store import Event, EventType, conflict
 

@@ -13,16 +13,42 @@ from datetime import UTC, datetime, timedelta
 
 from testbed.errors import ApiError, Cause
 from testbed.manifests import kinds
+from testbed.manifests.kinds.causes import Causes
 from testbed.manifests.kinds.names import NAME_ALPHABET
 from testbed.model.cluster import ClusterConfig
 from testbed.model.json_values import merge_patch
 from testbed.model.objects import BY_KEY, Object, Resource
+from testbed.registry.errors import bad_request, forbidden, invalid, undecodable
 from testbed.registry.scale import scale_of, with_scale
-from testbed.registry.strategies import STRATEGIES, Strategy
+from testbed.registry.services import ServiceStrategy
+from testbed.registry.strategies import (
+    DataStrategy,
+    JobStrategy,
+    NamespaceStrategy,
+    NodeStrategy,
+    PodStrategy,
+    SliceStrategy,
+    Strategy,
+    WorkloadStrategy,
+    nothing,
+)
 from testbed.store import Store, already_exists, conflict, not_found
 
 #: Upstream's NamespaceLifecycle admission refuses to delete these.
 PROTECTED_NAMESPACES = frozenset({"default", "kube-system", "kube-public"})
+_STRATEGIES: dict[str, type[Strategy]] = {
+    "namespaces": NamespaceStrategy,
+    "nodes": NodeStrategy,
+    "pods": PodStrategy,
+    "services": ServiceStrategy,
+    "configmaps": DataStrategy,
+    "secrets": DataStrategy,
+    "endpointslices.discovery.k8s.io": SliceStrategy,
+    "deployments.apps": WorkloadStrategy,
+    "replicasets.apps": WorkloadStrategy,
+    "daemonsets.apps": WorkloadStrategy,
+    "jobs.batch": JobStrategy,
+}
 _MAX_GENERATED_PREFIX = 58  # names.go: 63 less the five characters that are added
 _GENERATE_ATTEMPTS = 8
 
@@ -47,9 +73,10 @@ class Registry:
         self.store = store
         self.config = config
         self.now = now
+        self._new_uid = new_uid
         self._pick = pick
         self._strategies: dict[str, Strategy] = {
-            resource.key: STRATEGIES.get(resource.key, Strategy)(resource, self.store, self.config, pick)
+            resource.key: _STRATEGIES.get(resource.key, Strategy)(resource, self.config, pick)
             for resource in BY_KEY.values()
         }
 
@@ -93,16 +120,16 @@ class Registry:
         if generated:
             metadata["name"] = self._generate_name(kind, metadata)
         self._check_namespace(kind, metadata)
-        strategy.prepare_for_create(new)
-        kinds.default_in_place(new)
-        _refuse_if(kind, metadata.get("name", ""), [*kinds.validate_decoded(new), *strategy.validate_create(new)])
-        name, namespace = metadata["name"], metadata.get("namespace", "")
-        if self.store.get(resource, namespace, name) is not None:
+        name, namespace = metadata.get("name", ""), metadata.get("namespace", "")
+        if name and self.store.get(resource, namespace, name) is not None:
             raise already_exists(resource, name)
-        release = strategy.allocate(None, new)
+        kinds.default_in_place(new)
+        strategy.prepare_for_create(new)
+        commit = strategy.allocate(None, new)
+        _refuse_if(kind, name, kinds.validate_decoded(new))
         if dry_run:
-            release()
-            return {**new, "metadata": {**metadata, "uid": "", "creationTimestamp": self.now()}}
+            return {**new, "metadata": {**metadata, "uid": self._new_uid(), "creationTimestamp": self.now()}}
+        commit()
         return self.store.create(resource, new)
 
     def update(self, resource: str, obj: Object, *, subresource: str = "", dry_run: bool = False) -> Object:
@@ -151,16 +178,19 @@ class Registry:
                     metadata[field] = was[field]
             metadata.pop("managedFields", None)
             metadata["uid"], metadata["resourceVersion"] = was["uid"], was["resourceVersion"]
-            strategy.prepare_for_update(current, new)
             kinds.default_in_place(new)
-        causes = kinds.validate_decoded(new) if not subresource else kinds.validate_status(new)
-        if not subresource:
-            causes = [*causes, *strategy.validate_update(current, new)]
-        _refuse_if(kind, name, causes)
-        release = strategy.allocate(current, new) if not subresource else _nothing
+            strategy.prepare_for_update(current, new)
+            strategy.settle_generation(current, new)
+        if subresource:
+            _refuse_if(kind, name, kinds.validate_status(new))
+            commit = nothing
+        else:
+            early = Causes(strategy.validate_update(current, new))
+            commit = strategy.allocate(current, new)
+            _refuse_if(kind, name, [*early, *kinds.validate_decoded(new)])
         if dry_run:
-            release()
             return new
+        commit()
         stored = self.store.update(resource, new)
         return self._finish_deletion(kind, stored)
 
@@ -318,10 +348,6 @@ class Registry:
         return stored if waiting else self._remove(kind, stored)
 
 
-def _nothing() -> None:
-    """Release nothing."""
-
-
 def _known(resource: str) -> Resource:
     kind = BY_KEY.get(resource)
     if kind is None:
@@ -350,32 +376,6 @@ def _pod_grace_s(pod: Object, asked: int | None) -> int:
     if asked is not None:
         return max(asked, 0)
     return int(pod["spec"].get("terminationGracePeriodSeconds", 30))
-
-
-def bad_request(message: str) -> ApiError:
-    """Return the 400 of Kubernetes."""
-    return ApiError(400, "BadRequest", message)
-
-
-def undecodable(kind: Resource, why: str) -> ApiError:
-    """Return the 400 for an object that does not fit its kind's types or fields."""
-    return bad_request(f'{kind.kind} in version "{kind.version}" cannot be handled as a {kind.kind}: {why}')
-
-
-def forbidden(kind: Resource, name: str, why: str, causes: Sequence[Cause] = ()) -> ApiError:
-    """Return the 403 of Kubernetes: ``namespaces "default" is forbidden: …``."""
-    details = {"name": name, "kind": kind.plural, **({"group": kind.group} if kind.group else {})}
-    return ApiError(403, "Forbidden", f'{kind.key} "{name}" is forbidden: {why}', causes=causes, details=details)
-
-
-def invalid(kind: Resource, name: str, causes: Sequence[Cause]) -> ApiError:
-    """Return the 422 of Kubernetes: one problem in one line, several in brackets; the causes carry each."""
-    unique = list(dict.fromkeys(causes))  # as upstream's ToAggregate
-    text = str(unique[0]) if len(unique) == 1 else f"[{', '.join(map(str, unique))}]"
-    details = {"name": name, "kind": kind.kind, **({"group": kind.group} if kind.group else {})}
-    return ApiError(
-        422, "Invalid", f'{kind.qualified_kind} "{name}" is invalid: {text}', causes=causes, details=details
-    )
 
 
 def _refuse_if(kind: Resource, name: str, causes: Sequence[Cause]) -> None:

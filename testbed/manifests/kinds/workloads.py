@@ -210,8 +210,8 @@ def _validate_count(value: int | str, path: str, causes: Causes) -> int:
             causes.invalid(path, value, "must be greater than or equal to 0")
         return value
     if not _PERCENT.fullmatch(value):
-        detail = "a valid percent string must be a numeric string followed by an ending '%' (e.g. '1%',  or '93%', regex used for "
-        detail += "validation is '[0-9]+%')"
+        detail = "a valid percent string must be a numeric string followed by an ending '%' (e.g. '1%',  or '93%', regex used "
+        detail += "for validation is '[0-9]+%')"
         causes.invalid(path, value, detail)
         return -1
     number = int(value[:-1]) if len(value) < 8 else 101
