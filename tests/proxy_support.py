@@ -1,4 +1,4 @@
-"""Services, slices and nodes for proxy tests, a stand-in for the iptables tools that holds state, and a namespace for real ones."""
+"""Objects for proxy tests, a stand-in for the iptables tools that holds state, and a namespace for the real ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -113,7 +113,7 @@ class FakeIptables:
     It keeps rules as they were written, so only the order of `-m comment` arguments differs from a real dump.
     """
 
-    BUILTIN = {
+    BUILTIN: ClassVar = {
         "filter": ("INPUT", "FORWARD", "OUTPUT"),
         "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
         "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -421,19 +421,26 @@ class Faces:
         self._checks: dict[tuple[str, str], HealthCheck] = {}
         self._listeners: dict[tuple[str, int], Listener] = {}
 
-    def open(self) -> None:
-        """Listen on healthzBindAddress and metricsBindAddress; a busy port is logged, and is no reason to stop."""
-        for bind, answer in (
-            (self._config.healthz_bind_address, self._answer_health),
-            (self._config.metrics_bind_address, self._answer_metrics),
-        ):
-            if not bind:
-                continue
-            host, _, port = bind.rpartition(":")
-            try:
-                Listener(host, int(port), answer)
-            except OSError as error:
-                self._log(f"cannot listen on {bind}: {error.strerror}")
+    def open_metrics(self) -> None:
+        """Listen on metricsBindAddress."""
+        self._listen(self._config.metrics_bind_address, self._answer_metrics)
+
+    def open_health(self) -> None:
+        """Listen on healthzBindAddress.
+
+        Called after the first sync: upstream answers that it is healthy while it starts, and whoever waits for a ready
+        kube-proxy here waits for its rules.
+        """
+        self._listen(self._config.healthz_bind_address, self._answer_health)
+
+    def _listen(self, bind: str, answer: Callable[[str], Answer]) -> None:
+        if not bind:
+            return
+        host, _, port = bind.rpartition(":")
+        try:
+            Listener(host, int(port), answer)
+        except OSError as error:  # upstream goes on as well
+            self._log(f"cannot listen on {bind}: {error.strerror}")
 
     def _answer_health(self, path: str) -> Answer:
         now_s = time.time()
@@ -442,12 +449,9 @@ class Faces:
             status, body = self._health.healthz(now_s)
         elif path == "/livez":
             status, body = self._health.livez(now_s)
-        elif path == "/readyz":  # ours: 200 once the first sync is in the kernel
-            status, body = (200, "ok") if self._health.is_synced else (503, "no sync yet")
         else:
             return Answer(404, "404 page not found\n")
-        if path != "/readyz":
-            self._metrics.count(f"proxy_{path[1:]}_total", code=str(status))
+        self._metrics.count(f"proxy_{path[1:]}_total", code=str(status))
         return Answer(status, body, "application/json", headers)
 
     def _answer_metrics(self, path: str) -> Answer:
@@ -546,6 +550,48 @@ def sync_once(
     return make_proxier(config, runner, backend).sync(state, changed, settings)
 
 
+def parse_command(
+    argv: Sequence[str], env: Mapping[str, str], read_config: Callable[[str], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the arguments of `main` for a container's command line and environment.
+
+    Known: ``--config=FILE``, ``--hostname-override=NAME``, ``--proxy-mode=MODE``, ``--cluster-cidr=CIDR``, each also as two
+    words. As upstream's, other flags than the first two are ignored when there is a ``--config``.
+
+    Args:
+        argv: The command with its arguments.
+        env: NODE_NAME, TESTBED_API_SOCKET, XTABLES_LOCKFILE, TESTBED_IPTABLES_BACKEND, TESTBED_READY_FILE.
+        read_config: Returns the decoded KubeProxyConfiguration of a file.
+
+    Raises:
+        InputError: no node name or API socket is given.
+    """
+    flags: dict[str, str] = {}
+    words = list(argv[1:])
+    while words:
+        name, equals, value = words.pop(0).lstrip("-").partition("=")
+        if not equals and words and not words[0].startswith("-"):
+            value = words.pop(0)
+        flags[name] = value
+    config = dict(read_config(flags["config"])) if "config" in flags else {}
+    if "config" not in flags:
+        config |= {key: flags[flag] for flag, key in _FLAG_FIELDS.items() if flag in flags}
+    node = flags.get("hostname-override") or config.get("hostnameOverride") or env.get("NODE_NAME")
+    if not node or not env.get("TESTBED_API_SOCKET"):
+        raise InputError("kube-proxy needs --hostname-override or NODE_NAME, and TESTBED_API_SOCKET")
+    return {
+        "node_name": node,
+        "api_socket": env["TESTBED_API_SOCKET"],
+        "config": config,
+        "lock_file": env.get("XTABLES_LOCKFILE"),
+        "iptables_backend": env.get("TESTBED_IPTABLES_BACKEND"),
+        "ready_file": env.get("TESTBED_READY_FILE"),
+    }
+
+
+_FLAG_FIELDS = {"proxy-mode": "mode", "cluster-cidr": "clusterCIDR", "healthz-bind-address": "healthzBindAddress"}
+
+
 def main(args: Mapping[str, Any]) -> int:
     """Run until SIGTERM and return the exit status: 0, or 2 and 3 when it could not start.
 
@@ -581,11 +627,17 @@ def main(args: Mapping[str, Any]) -> int:
     prepare_node(config, node, log)
     health, metrics = ProxyHealth(2 * config.iptables.sync_period_s), ProxyMetrics()
     faces = Faces(health, metrics, config, log)
-    faces.open()
+    faces.open_metrics()
     loop = ProxyLoop(
         config, node, proxier, runner,
         health=health, metrics=metrics, log=log, on_health_checks=faces.show_health_checks,
     )  # fmt: skip
+
+    def on_first_sync() -> None:
+        faces.open_health()
+        if args.get("ready_file"):
+            Path(str(args["ready_file"])).write_text("synced\n")
+
     for resource, labels, fields in (
         (SERVICES, PROXIED_SELECTOR, ""),
         (SLICES, PROXIED_SELECTOR, ""),
@@ -594,12 +646,13 @@ def main(args: Mapping[str, Any]) -> int:
         api: Api = ApiClient(str(args["api_socket"]))
         watcher = Watcher(api, resource, messages.put, log, label_selector=labels, field_selector=fields)
         threading.Thread(target=watcher.run, name=f"watch-{resource}", daemon=True).start()
-    run(loop, messages, ready_file=str(args.get("ready_file") or ""))
+    run(loop, messages, on_first_sync)
     return 0
 
 
-def run(loop: ProxyLoop, messages: queue.SimpleQueue[Message], *, ready_file: str = "") -> None:
+def run(loop: ProxyLoop, messages: queue.SimpleQueue[Message], on_first_sync: Callable[[], None]) -> None:
     """Turn the loop until a `Stop` arrives. Messages that wait together are taken in together, for one sync."""
+    announced = False
     while True:
         with contextlib.suppress(queue.Empty):
             message = messages.get(timeout=loop.wait_s(time.time()))
@@ -609,6 +662,6 @@ def run(loop: ProxyLoop, messages: queue.SimpleQueue[Message], *, ready_file: st
                 loop.accept(message, time.time())
                 message = messages.get_nowait()
         loop.step(time.time())
-        if ready_file and loop.health.is_synced:
-            Path(ready_file).write_text("synced\n")
-            ready_file = ""
+        if not announced and loop.health.is_synced:
+            announced = True
+            on_first_sync()

@@ -177,7 +177,8 @@ def test_missing_tool_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("version", "wanted"),
-    [("iptables v1.8.9 (nf_tables)\n", Backend.NFT), ("iptables v1.8.9 (legacy)\n", Backend.LEGACY), ("iptables v1.6.1\n", Backend.LEGACY)],
+    [("iptables v1.8.9 (nf_tables)\n", Backend.NFT), ("iptables v1.8.9 (legacy)\n", Backend.LEGACY),
+     ("iptables v1.6.1\n", Backend.LEGACY)],
 )  # fmt: skip
 def test_backend_is_the_machines_unless_chosen(version: str, wanted: Backend) -> None:
     """``iptables --version`` decides; old releases have one backend and do not name it."""

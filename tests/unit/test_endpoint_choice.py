@@ -71,10 +71,16 @@ CASES: list[Any] = [
     pytest.param(port(), [ep(1, "a b c"), ep(2, "b c"), ep(3, "c")], "a", ([1], [], [1], True), id="several zones in a hint"),
     pytest.param(port(), [ep(1, state="unready")], "a", ([], [], [], False), id="all unready"),
     pytest.param(port(), [ep(1, state="ending"), ep(2, state="unready")], "", ([1], [], [1], True), id="serving-terminating"),
-    pytest.param(port(), [ep(1, "b", state="ending"), ep(2, "a", state="ending")], "a", ([1, 2], [], [1, 2], True), id="…ignore hints"),
+    pytest.param(
+        port(), [ep(1, "b", state="ending"), ep(2, "a", state="ending")], "a",
+        ([1, 2], [], [1, 2], True), id="…ignore hints",
+    ),
     pytest.param(port(), [ep(1, state="dead")], "", ([], [], [], False), id="non-serving never"),
     pytest.param(port(internal_policy=LOCAL), [ep(1), ep(2)], "", ([], [], [], True), id="internal Local: none here"),
-    pytest.param(port(internal_policy=LOCAL), [ep(1, local=True), ep(2, local=True)], "", ([], [1, 2], [1, 2], True), id="…all here"),
+    pytest.param(
+        port(internal_policy=LOCAL), [ep(1, local=True), ep(2, local=True)], "",
+        ([], [1, 2], [1, 2], True), id="…all here",
+    ),
     pytest.param(port(internal_policy=LOCAL), [], "", ([], [], [], False), id="…none anywhere"),
     pytest.param(
         port(**EXTERNAL_LOCAL), [ep(1, local=True), ep(2, local=True, state="ending"), ep(3)], "",
@@ -198,7 +204,8 @@ def test_external_policy_counts_only_with_outside_traffic(kind: str, extra: Any,
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("10.1.2.3", "10.1.2.3"), ("010.001.02.3", "10.1.2.3"), ("10.1.2", None), ("256.1.1.1", None), ("fd00::1", None), (None, None)],
+    [("10.1.2.3", "10.1.2.3"), ("010.001.02.3", "10.1.2.3"), ("10.1.2", None), ("256.1.1.1", None), ("fd00::1", None),
+     (None, None)],
 )  # fmt: skip
 def test_addresses_are_read_sloppily(text: object, wanted: str | None) -> None:
     """Leading zeros are decimal, nonsense and the other family are nothing."""

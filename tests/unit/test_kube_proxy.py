@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from proxy_support import NODE, FakeIptables, endpoint, endpoint_slice, node_object, service
 
-from testbed.errors import ApiError, CommandError, LabError
+from testbed.errors import ApiError, CommandError, InputError, LabError
 from testbed.kernel.iptables import Backend, Iptables
 from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.service import parse_node
@@ -25,6 +25,7 @@ from testbed.programs.kube_proxy import (
     ProxyLoop,
     Stop,
     Watcher,
+    parse_command,
     run,
     sync_once,
 )
@@ -350,8 +351,8 @@ def test_an_api_that_is_away_is_asked_less_and_less_often(watched: Any) -> None:
     assert api.script == []
 
 
-def test_run_ends_on_stop_and_reports_the_first_sync(tmp_path: Any) -> None:
-    """Messages that wait are taken in together for one sync; the ready file appears; Stop ends the loop."""
+def test_run_ends_on_stop_and_reports_the_first_sync() -> None:
+    """Messages that wait are taken in together for one sync; that is announced once; Stop ends the loop."""
     proxy = Proxy()
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for message in (Listed(SERVICES, (SVC,)), Listed(SLICES, (SLICE,)), Listed(NODES, (node_object(),))):
@@ -365,9 +366,10 @@ def test_run_ends_on_stop_and_reports_the_first_sync(tmp_path: Any) -> None:
 
     iptables = StopAfterSync()
     proxy.loop._proxier = IptablesProxier(Iptables(iptables, Backend.LEGACY))
-    run(proxy.loop, messages, ready_file=str(tmp_path / "ready"))
+    announced: list[int] = []
+    run(proxy.loop, messages, lambda: announced.append(len(iptables.payloads)))
     assert len(iptables.payloads) == 1
-    assert (tmp_path / "ready").read_text() == "synced\n"
+    assert announced == [1]
 
 
 def test_sync_once_programs_a_namespace() -> None:
@@ -403,3 +405,15 @@ def test_metrics_text() -> None:
     assert 'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="0.004"} 1\n' in text
     assert 'kubeproxy_proxy_healthz_total{code="200"} 1\n' in text
     assert 'kubeproxy_sync_proxy_rules_iptables_total{table="nat"} 7\n' in text
+
+
+def test_command_line() -> None:
+    """A kubeadm-like command becomes the arguments of main; flags beside --config do not count."""
+    env = {"NODE_NAME": "n0", "TESTBED_API_SOCKET": "/api.sock", "XTABLES_LOCKFILE": "/run/xtables.lock"}
+    argv = ["/usr/local/bin/kube-proxy", "--config=/c", "--hostname-override", "n1", "--proxy-mode=ipvs"]
+    args = parse_command(argv, env, lambda path: {"mode": "iptables", "read": path})
+    assert args["config"] == {"mode": "iptables", "read": "/c"}
+    assert (args["node_name"], args["api_socket"], args["lock_file"]) == ("n1", "/api.sock", "/run/xtables.lock")
+    assert parse_command(["kube-proxy", "--proxy-mode=ipvs"], env, lambda path: {})["config"] == {"mode": "ipvs"}
+    with pytest.raises(InputError, match="kube-proxy needs --hostname-override or NODE_NAME"):
+        parse_command(["kube-proxy"], {}, lambda path: {})

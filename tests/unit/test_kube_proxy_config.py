@@ -66,7 +66,8 @@ def test_every_problem_is_reported() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30s", 30), ("1m30s", 90), ("250ms", 0.25), ("24h0m0s", 86400), ("0", 0), (0, 0), ("1.5h", 5400), ("30", None), ("s", None), (30, None)],
+    [("30s", 30), ("1m30s", 90), ("250ms", 0.25), ("24h0m0s", 86400), ("0", 0), (0, 0), ("1.5h", 5400),
+     ("30", None), ("s", None), (30, None)],
 )  # fmt: skip
 def test_durations(text: Any, seconds: float | None) -> None:
     """Go's duration syntax; a bare number other than 0 has no unit and is refused."""

@@ -226,7 +226,9 @@ DEAD = endpoint("10.180.1.8", "node2", ready=False, serving=False, terminating=T
 @pytest.mark.parametrize(
     ("endpoints", "inside", "outside"),
     [
-        pytest.param([READY_HERE, READY_THERE, ENDING_HERE], to_endpoints(HERE, THERE), to_endpoints(HERE), id="ready ones first"),
+        pytest.param(
+            [READY_HERE, READY_THERE, ENDING_HERE], to_endpoints(HERE, THERE), to_endpoints(HERE), id="ready ones first"
+        ),
         pytest.param([READY_THERE, ENDING_HERE], to_endpoints(THERE), to_endpoints("10.180.0.9:80"), id="only terminating here"),
         pytest.param([ENDING_THERE], to_endpoints("10.180.1.9:80"), DROP, id="only terminating elsewhere"),
         pytest.param([READY_THERE], to_endpoints(THERE), DROP, id="none here"),
