@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import Problem
-from testbed.manifests.decode import API_VERSION
+from testbed.manifests.decode import API_VERSION, Decoded
+from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.objects import SourceObject, read_objects, unmatched_selectors
 from testbed.manifests.scenario import SCENARIO_FILE, read_scenario
 from testbed.manifests.source import Document, parse_documents, read_text
@@ -53,4 +54,8 @@ def _check_document(document: Document) -> tuple[list[SourceObject], list[Proble
         hint = suggestion(str(kind), ("Topology", "Scenario"))
         message = f"{API_VERSION} has the kinds Topology and Scenario, not {kind!r}{hint}"
         return [], [Problem(document.file, document.line_of(("kind",)), message)]
+    if kind == "KubeProxyConfiguration":
+        decoded = Decoded(document)
+        decoded.decode(KubeProxyWire)
+        return [], decoded.problems
     return read_objects([document])

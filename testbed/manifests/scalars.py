@@ -116,6 +116,8 @@ class Scalar:
 def _dns_reason(text: str, max_length: int, pattern: str) -> str:
     if len(text) > max_length:
         return f"{text!r} is longer than {max_length} characters"
+    if any(len(label) > 63 for label in text.split(".")):
+        return f"{text!r} has a part of more than 63 characters between dots"
     if not re.fullmatch(pattern, text):
         dots = " and '.'" if pattern == SUBDOMAIN_PATTERN else ""
         return (

@@ -376,7 +376,9 @@ class _Reader:
                 self.refuse(wire, *steps, reason=_unsafe_path(name))
             elif not path.is_file():
                 here = [found.name for found in self.file.parent.glob("*.yaml") if found.name != self.file.name]
-                self.refuse(wire, *steps, reason=f"no file {name!r} beside the scenario{suggestion(name, here)}")
+                self.refuse(
+                    wire, *steps, reason=f"no file {name!r} beside the scenario{suggestion(name, here, cutoff=0.8)}"
+                )
             else:
                 paths.append(path)
                 self._read_manifest(path, is_applied=action == "apply")

@@ -96,7 +96,11 @@ def parse_documents(text: str, file: str) -> tuple[list[Document], list[Problem]
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        reason = error.problem or "cannot be read"
+        if error.context:
+            begin = error.context_mark
+            start = f" that begins in line {begin.line + 1}" if begin and mark and begin.line != mark.line else ""
+            reason = f"{error.context}{start}, {reason}"
         composer.refuse(mark.line + 1 if mark else 0, f"YAML syntax: {reason}")
     except yaml.reader.ReaderError as error:
         # libyaml counts bytes

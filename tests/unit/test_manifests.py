@@ -1,0 +1,250 @@
+"""Kubernetes manifests and the YAML under them: values, lines, and every problem of a file."""
+
+# ruff: noqa: E501  # whole messages, in tables
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.errors import ManifestError
+from testbed.manifests import check_file, check_files, load_objects
+from testbed.manifests.source import find_line, parse_documents
+
+DEPLOYMENT = """\
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web, namespace: dev}
+spec:
+  replicas: 3
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata:
+      labels: {app: web}
+    spec:
+      containers:
+        - name: web
+          image: nginx
+"""
+
+
+def parsed(text: str) -> tuple[list[Any], list[str]]:
+    documents, problems = parse_documents(text, "f.yaml")
+    return [document.value for document in documents], [str(problem) for problem in problems]
+
+
+def problems_of(tmp_path: Path, text: str, name: str = "f.yaml") -> list[str]:
+    path = tmp_path / name
+    path.write_text(text)
+    return [str(problem).removeprefix(f"{tmp_path}/") for problem in check_file(path)]
+
+
+# ── YAML ──
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("yes", True),
+        ("Off", False),
+        ("y", True),
+        ("'yes'", "yes"),
+        ("~", None),
+        ("0644", 420),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("089", 89.0),
+        ("1_000", 1000),
+        ("-5", -5),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        ("22:22", "22:22"),
+        ("2020-01-01", "2020-01-01"),
+        (".inf", ".inf"),
+        ("1.2.3.4", "1.2.3.4"),
+        ("!!str 5", "5"),
+        ("!!int '5'", 5),
+        ("|\n  a\n  b", "a\nb\n"),
+    ],
+)
+def test_plain_scalars_mean_what_they_mean_to_kubectl(text: str, value: object) -> None:
+    """YAML 1.1 by go-yaml's rules: words and octals count, dates and base-60 numbers are text."""
+    assert parsed(f"- {text}\n") == ([[value]], [])
+    assert type(parsed(f"- {text}\n")[0][0][0]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: 2\na: 3\n", 'f.yaml:3: duplicate key "a" (first in line 1)'),
+        ("a: !!python/object/apply:os.system ['x']\n", "f.yaml:1: YAML tag !!python/object/apply:os.system is not supported"),
+        ("a: &a [*a]\n", "f.yaml:1: YAML syntax: anchor &a contains itself"),
+        ("a: *b\n", "f.yaml:1: YAML syntax: no anchor &b before this alias"),
+        ("[a]: b\n", "f.yaml:1: a mapping or list cannot be a key"),
+        ("a: b\nc: \x07\n", "f.yaml:2: YAML syntax: control characters are not allowed"),
+        ("[" * 101, "f.yaml:1: nested deeper than 100 levels"),
+        ("a:\n\tb: 1\n", "f.yaml:2: YAML syntax: while scanning for the next token, "
+         "found character that cannot start any token"),
+    ],
+)  # fmt: skip
+def test_yaml_that_is_refused(text: str, problem: str) -> None:
+    """Mistakes of YAML itself have their line; nothing in a file is executed."""
+    assert parsed(text)[1] == [problem]
+
+
+def test_aliases_cannot_fill_the_memory() -> None:
+    """Nine lines that stand for a billion values are refused before they are built."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    assert parsed("\n".join(lines))[1] == ["f.yaml:5: aliases stand for more than 100000 values"]
+
+
+def test_aliases_are_copies_and_merge_keys_give_way() -> None:
+    """What is written under an anchor can be changed in one place only; a key of one's own wins over a merged one."""
+    (value,), problems = parsed("a: &a {x: 1, y: [2]}\nb: *a\nc: {<<: *a, x: 3}\n")
+    assert problems == []
+    assert value == {"a": {"x": 1, "y": [2]}, "b": {"x": 1, "y": [2]}, "c": {"x": 3, "y": [2]}}
+    assert value["a"]["y"] is not value["b"]["y"]
+
+
+def test_documents_before_a_syntax_error_are_kept() -> None:
+    """A mistake further down does not hide what comes before it."""
+    values, problems = parsed("a: 1\n---\n---\nb: [\n")
+    assert values == [{"a": 1}]
+    assert len(problems) == 1
+
+
+def test_every_path_has_its_line() -> None:
+    """Fields are found by Kubernetes' paths, with keys that hold dots, and as near as possible when absent."""
+    (document,), _ = parse_documents(DEPLOYMENT.replace("{app: web}\n    spec", "{a.b/c: web}\n    spec"), "f.yaml")
+    assert find_line(document.lines, "spec.template.metadata.labels.a.b/c") == 9
+    assert find_line(document.lines, "spec.template.metadata.labels[a.b/c]") == 9
+    assert find_line(document.lines, "spec.template.spec.containers[0].image") == 13
+    assert find_line(document.lines, "spec.template.spec.containers[0].ports[0]") == 12
+    assert find_line(document.lines, "spec.strategy") == 4
+    assert find_line(document.lines, "") == 1
+    assert document.line_of(("spec", "template", "spec", "containers", 0, "image")) == 13
+
+
+# ── objects ──
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        pytest.param("replicas: 3", "replica: 3", [
+            'f.yaml:5: spec: unknown field "replica" (did you mean "replicas"?)'], id="unknown field"),
+        pytest.param("image: nginx", "imgae: nginx", [
+            'f.yaml:13: spec.template.spec.containers[0]: unknown field "imgae" (did you mean "image"?)'], id="in a container"),
+        pytest.param("replicas: 3", "replicas: three", [
+            "f.yaml:5: spec.replicas: wants a whole number, got the text 'three'"], id="wrong type"),
+        pytest.param("image: nginx", "ports: 80", [
+            "f.yaml:13: spec.template.spec.containers[0].ports: wants a list, got the number 80"], id="not a list"),
+        pytest.param("labels: {app: web}", "labels: {app: 5}", [
+            "f.yaml:9: spec.template.metadata.labels.app: wants text, got the number 5"], id="label that is a number"),
+        pytest.param("kind: Deployment", "kind: Deploymnet", [
+            'f.yaml:2: no kind "Deploymnet" in version "apps/v1" (did you mean "Deployment"?)'], id="misspelt kind"),
+        pytest.param("kind: Deployment\n", "", ['f.yaml:1: required field "kind" is missing'], id="no kind"),
+        pytest.param("kind: Deployment", "kind: 5", ["f.yaml:2: kind: wants text, got the number 5"], id="kind is a number"),
+        pytest.param("metadata: {name: web, namespace: dev}\n", "", ['f.yaml:1: required field "metadata" is missing'],
+                     id="no metadata"),
+        pytest.param("{name: web, namespace: dev}", "{namespace: dev}", [
+            'f.yaml:3: metadata: required field "name" is missing'], id="no name"),
+        pytest.param("{name: web, namespace: dev}", "5", ["f.yaml:3: metadata: wants a mapping, got the number 5"],
+                     id="metadata is a number"),
+        pytest.param("apiVersion: apps/v1", "apiVersion: testbed/v1", [
+            "f.yaml:2: testbed/v1 has the kinds Topology and Scenario, not 'Deployment'"], id="not one of our kinds"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path: Path, old: str, new: str, expected: list[str]) -> None:
+    """Each mistake in an object is reported at its line, in these words, and causes no other report."""
+    assert DEPLOYMENT.count(old) == 1 or old == "image: nginx"
+    text = (
+        DEPLOYMENT.replace(old, new)
+        if DEPLOYMENT.count(old) == 1
+        else DEPLOYMENT.replace(f"          {old}", f"          {new}")
+    )
+    assert problems_of(tmp_path, text) == expected
+
+
+@pytest.mark.parametrize("field", ["name", "namespace", "generateName"])
+@pytest.mark.parametrize("name", ["a\nb", "../a", "$(x)", "a;b", "a/b", "a b", "..", ".", "a%2f"])
+def test_hostile_names_are_refused(tmp_path: Path, field: str, name: str) -> None:
+    """Names become path segments and arguments, also those of kinds we know nothing about."""
+    quoted = '"' + name.replace("\n", "\\n") + '"'
+    metadata = f"{{{field}: {quoted}}}" if field == "name" else f"{{name: a, {field}: {quoted}}}"
+    text = f"apiVersion: example.com/v1\nkind: Anything\nmetadata: {metadata}\n"
+    assert problems_of(tmp_path, text) == [f"f.yaml:3: metadata.{field}: {name!r} is not a valid name"]
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    """Several mistakes in several objects, and a syntax error after them, are all in one report."""
+    text = (
+        DEPLOYMENT.replace("replicas: 3", "replica: 3").replace("image:", "imgae:")
+        + "---\n5\n---\nkind: Pod\n---\na: [\n"
+    )
+    path = tmp_path / "f.yaml"
+    path.write_text(text)
+    with pytest.raises(ManifestError) as caught:
+        load_objects(path)
+    assert [str(problem).removeprefix(f"{tmp_path}/") for problem in caught.value.problems] == [
+        'f.yaml:5: spec: unknown field "replica" (did you mean "replicas"?)',
+        'f.yaml:13: spec.template.spec.containers[0]: unknown field "imgae" (did you mean "image"?)',
+        "f.yaml:15: wants a Kubernetes object, got the number 5",
+        'f.yaml:17: required field "apiVersion" is missing',
+        'f.yaml:17: required field "metadata" is missing',
+        "f.yaml:20: YAML syntax: while parsing a flow node, did not find expected node content",
+    ]
+
+
+def test_lists_are_taken_apart(tmp_path: Path) -> None:
+    """The items of a List are objects with lines of their own."""
+    path = tmp_path / "f.yaml"
+    path.write_text("apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Namespace, metadata: {name: a}}\n- apiVersion: v1\n"
+                    "  kind: ConfigMapList\n  items:\n  - {apiVersion: v1, kind: ConfigMap, metadata: {name: b}}\n")  # fmt: skip
+    objects = load_objects(path)
+    assert [(source.kind, source.namespace, source.name, source.line) for source in objects] == [
+        ("Namespace", "", "a", 4),
+        ("ConfigMap", "default", "b", 8),
+    ]
+    assert objects[1].line_of("metadata.name") == 8
+
+
+def test_unknown_kinds_of_other_groups_pass(tmp_path: Path) -> None:
+    """A custom resource is stored as it is; nobody here knows its fields."""
+    text = "apiVersion: network.kubesphere.io/v1alpha2\nkind: Eip\nmetadata: {name: a}\nspec: {address: 1.2.3.4}\n"
+    assert problems_of(tmp_path, text) == []
+
+
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: dev}
+spec:
+  ports: [{port: 80}]
+  selector: {app: WEB}
+"""
+
+
+def test_a_selector_that_matches_nothing_is_a_warning(tmp_path: Path) -> None:
+    """Files given together are one set of manifests; a warning does not stop them from being used."""
+    service, deployment = tmp_path / "service.yaml", tmp_path / "deployment.yaml"
+    service.write_text(SERVICE.replace("WEB", "web"))
+    deployment.write_text(DEPLOYMENT)
+    assert check_files([service, deployment]) == []
+    service.write_text(SERVICE)
+    (warning,) = check_files([service, deployment])
+    assert str(warning) == (
+        f"{service}:6: warning: spec.selector: Service dev/web: selector 'app=WEB' matches no pod of these manifests"
+    )
+    assert [source.name for source in load_objects(service)] == ["web"]
+
+
+def test_large_files_are_read_in_linear_time() -> None:
+    """Two thousand Services give two thousand documents, each with its lines."""
+    documents, problems = parse_documents("---\n".join([SERVICE] * 2000), "f.yaml")
+    assert problems == []
+    assert len(documents) == 2000
+    assert documents[-1].line_of(("spec", "selector", "app")) == 1999 * 7 + 6
