@@ -293,8 +293,8 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "(pods come from: dev/web, dev/shell)",
         "scenario.yaml:11: spec.steps[3].wait.for: 'availible' is not one of available, deleted, endpoints, ready, running, "
         'succeeded (did you mean "available"?)',
-        't.yaml:4: spec: required field "networks" is missing',
         "t.yaml:4: spec.nodes: wants at least 1, got 0",
+        't.yaml:4: spec: required field "networks" is missing',
         'web.yaml:22: spec: unknown field "selectr" (did you mean "selector"?)',
     ]
 
