@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from testbed.controllers.daemonset import DaemonSetController
 from testbed.controllers.deployment import DeploymentController
 from testbed.controllers.driver import Controller, ControllerDriver
+from testbed.controllers.endpoints import EndpointsController
+from testbed.controllers.endpointslice import EndpointSliceController, MirroringController
 from testbed.controllers.events import record_event
 from testbed.controllers.garbage import GarbageCollector
 from testbed.controllers.index import ClusterIndex
@@ -30,5 +33,9 @@ def default_controllers(config: ClusterConfig, *, pick: Callable[[int], int]) ->
         GarbageCollector(index),
         DeploymentController(index),
         ReplicaSetController(index),
+        DaemonSetController(index),
         Scheduler(index),
+        EndpointSliceController(index),
+        EndpointsController(index),
+        MirroringController(index),
     ]

@@ -21,12 +21,13 @@ def matches_selector(selector: Object | None, labels: dict[str, str]) -> bool:
 
 
 def _meets(term: Object, labels: dict[str, str]) -> bool:
-    label, operator, values = term["key"], term["operator"], term.get("values") or ()
+    label, operator = term["key"], term["operator"]
+    values: list[str] = term.get("values") or []
     if operator == "In":
         return labels.get(label) in values
     if operator == "NotIn":
         return labels.get(label) not in values
-    return (label in labels) == (operator == "Exists")
+    return bool((label in labels) == (operator == "Exists"))
 
 
 def claim(registry: Registry, index: ClusterIndex, owner: Object, resource: str) -> list[Object]:

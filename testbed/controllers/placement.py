@@ -103,13 +103,14 @@ def _meets_term(term: Object, node: Object) -> bool:
 
 def _meets(expression: Object, values: dict[str, str]) -> bool:
     have = values.get(expression["key"])
-    operator, wanted = expression["operator"], expression.get("values") or []
+    operator = expression["operator"]
+    wanted: list[str] = expression.get("values") or []
     if operator == "In":
         return have is not None and have in wanted
     if operator == "NotIn":
         return have is None or have not in wanted
     if operator in ("Exists", "DoesNotExist"):
-        return (have is not None) == (operator == "Exists")
+        return bool((have is not None) == (operator == "Exists"))
     try:
         value, bound = int(have or ""), int(wanted[0])
     except (ValueError, IndexError):

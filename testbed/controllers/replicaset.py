@@ -133,7 +133,8 @@ def pods_to_delete(pods: Sequence[Object], count: int, doubled_up: Callable[[str
             -_timestamp(pod["metadata"].get("creationTimestamp")),
         )
 
-    return sorted(reversed(pods), key=rank)[:count]
+    youngest_first = list(reversed(pods))  # timestamps are whole seconds: sorting is stable, and settles the rest
+    return sorted(youngest_first, key=rank)[:count]
 
 
 def _deletion_cost(pod: Object) -> int:
