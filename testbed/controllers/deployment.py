@@ -293,6 +293,7 @@ def _count(replica_set: Object) -> ReplicaCount:
     return ReplicaCount(
         name=_name(replica_set),
         wanted=_wanted(replica_set),
+        present=(replica_set.get("status") or {}).get("replicas", 0),
         available=(replica_set.get("status") or {}).get("availableReplicas", 0),
         max_replicas=int(noted) if noted.isdecimal() else 0,
     )

@@ -15,6 +15,7 @@ class ReplicaCount:
 
     name: str
     wanted: int  # spec.replicas
+    present: int = 0  # status.replicas
     available: int = 0  # status.availableReplicas
     max_replicas: int = 0  # what the Deployment allowed when the set was last scaled; 0: not known
 
@@ -75,7 +76,8 @@ def plan_rolling_update(new: ReplicaCount, old: Sequence[ReplicaCount], bounds: 
 def _new_size(new: ReplicaCount, old: Sequence[ReplicaCount], bounds: Bounds) -> int:
     if new.wanted >= bounds.replicas:
         return bounds.replicas
-    room = bounds.ceiling - new.wanted - sum(one.wanted for one in old)
+    # Stricter than upstream, which looks at spec.replicas only: pods that are yet to be deleted take room, too.
+    room = bounds.ceiling - new.wanted - sum(max(one.wanted, one.present) for one in old)
     return new.wanted + max(min(room, bounds.replicas - new.wanted), 0)
 
 
