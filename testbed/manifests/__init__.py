@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from testbed.manifests.allocations import allocation_problems
     from testbed.manifests.check import check_file, check_files
     from testbed.manifests.objects import SourceObject, load_objects
     from testbed.manifests.scenario import load_scenario, scenario_schema
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SourceObject",
+    "allocation_problems",
     "check_file",
     "check_files",
     "find_topology",
@@ -28,6 +30,7 @@ __all__ = [
 
 _MODULES = {
     "SourceObject": "objects",
+    "allocation_problems": "allocations",
     "check_file": "check",
     "check_files": "check",
     "find_topology": "topology",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import Problem
+from testbed.manifests.allocations import allocation_problems
 from testbed.manifests.decode import API_VERSION, Decoded
 from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.objects import SourceObject, read_objects, unmatched_selectors
@@ -13,6 +14,7 @@ from testbed.manifests.scenario import SCENARIO_FILE, read_scenario
 from testbed.manifests.source import Document, parse_documents, read_text
 from testbed.manifests.text import suggestion
 from testbed.manifests.topology import read_topology
+from testbed.model.cluster import ClusterConfig
 
 
 def check_file(path: Path) -> list[Problem]:
@@ -23,8 +25,10 @@ def check_file(path: Path) -> list[Problem]:
 def check_files(paths: Sequence[Path]) -> list[Problem]:
     """Return everything wrong with some files, in file order.
 
-    Manifests given together are one set: a Service of one may select pods of another.
+    Manifests given together are one set: a Service of one may select pods of another. They are for the cluster of the
+    topology among the files, or else for one with Kubernetes' default ranges.
     """
+    config = ClusterConfig()
     problems: list[Problem] = []
     objects: list[SourceObject] = []
     for given in paths:
@@ -35,10 +39,23 @@ def check_files(paths: Sequence[Path]) -> list[Problem]:
         if not documents and not found and not syntax:
             problems.append(Problem(str(path), 0, "is empty"))
         for document in documents:
-            made, found = _check_document(document)
-            objects += made
+            if is_kind(document, "Topology"):
+                topology, found = read_topology(document)
+                config = topology.cluster if topology is not None else config
+            else:
+                made, found = _check_document(document)
+                objects += made
             problems += found
-    return sorted({*problems, *unmatched_selectors(objects)})
+    return sorted({*problems, *unmatched_selectors(objects), *allocation_problems(objects, config)})
+
+
+def is_kind(document: Document, kind: str) -> bool:
+    """Say whether a document is of one of our kinds, also when its apiVersion was forgotten or is of another version."""
+    value = document.value
+    if not isinstance(value, dict) or value.get("kind") != kind:
+        return False
+    api_version = value.get("apiVersion")
+    return api_version is None or (isinstance(api_version, str) and api_version.startswith("testbed/"))
 
 
 def _check_document(document: Document) -> tuple[list[SourceObject], list[Problem]]:
@@ -46,9 +63,7 @@ def _check_document(document: Document) -> tuple[list[SourceObject], list[Proble
     kind = value.get("kind") if isinstance(value, dict) else None
     api_version = value.get("apiVersion") if isinstance(value, dict) else None
     is_ours = isinstance(api_version, str) and api_version.startswith("testbed/")
-    if kind == "Topology" and (is_ours or api_version is None):
-        return [], read_topology(document)[1]
-    if kind == "Scenario" and (is_ours or api_version is None):
+    if is_kind(document, "Scenario"):
         return [], read_scenario(document)[1]
     if is_ours:
         hint = suggestion(str(kind), ("Topology", "Scenario"))

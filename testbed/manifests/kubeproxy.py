@@ -4,7 +4,7 @@ Source: kubernetes staging/src/k8s.io/kube-proxy/config/v1alpha1/types.go (v1.30
 the releases that had userspace mode (up to v1.25).
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: evaluating the Structs' types from text would take longer than all the rest.
 
 from typing import Annotated, Literal
 

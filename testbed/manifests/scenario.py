@@ -3,7 +3,7 @@
 The format is the Structs below; docs/scenario.md explains it to people.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: evaluating the Structs' types from text would take longer than all the rest.
 
 import re
 import shlex
@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 from msgspec import Meta, field
 
 from testbed.errors import ManifestError, Problem
+from testbed.manifests.allocations import allocation_problems
 from testbed.manifests.crosscheck import makes_objects, missing, missing_namespaces
 from testbed.manifests.decode import Decoded, Wire, json_schema
 from testbed.manifests.objects import SourceObject, read_objects_file, unmatched_selectors
@@ -313,6 +314,10 @@ class _Reader:
 
     def _cross_check(self, steps: Sequence[Step]) -> None:
         self.problems_elsewhere += unmatched_selectors(self.objects)
+        if self.topology is not None:
+            # What a step deletes is free for the next Service: then only the ranges are certain.
+            may_reuse = any(isinstance(step, DeleteStep) for step in steps)
+            self.problems_elsewhere += allocation_problems(self.objects, self.topology.cluster, may_reuse=may_reuse)
         if any(isinstance(step, KubectlStep) and makes_objects(step.argv) for step in steps):
             return  # what there will be is for kubectl to know
         self.problems_elsewhere += missing_namespaces(self.objects)

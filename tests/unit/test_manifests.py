@@ -248,3 +248,43 @@ def test_large_files_are_read_in_linear_time() -> None:
     assert problems == []
     assert len(documents) == 2000
     assert documents[-1].line_of(("spec", "selector", "app")) == 1999 * 7 + 6
+
+
+def service(name: str, cluster_ip: str, node_port: int, protocol: str = "TCP") -> str:
+    return (
+        f"apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec:\n  type: NodePort\n  clusterIP: {cluster_ip}\n"
+        f"  ports:\n  - {{port: 80, nodePort: {node_port}, protocol: {protocol}}}\n---\n"
+    )
+
+
+def test_addresses_and_ports_that_cannot_be_had(tmp_path: Path) -> None:
+    """Out of range and taken are found before there is a cluster; UDP and TCP do not share numbers' owners."""
+    text = (
+        service("a", "10.96.1.10", 30888)
+        + service("b", "10.96.1.10", 30888)
+        + service("c", "10.1.1.1", 80)
+        + service("d", "10.96.0.1", 30888, "UDP")
+        + service("a", "10.96.1.10", 30888)
+    )
+    taken = "provided port is already allocated (to Service default/a)"
+    assert problems_of(tmp_path, text) == [
+        'f.yaml:15: spec.clusterIPs: Invalid value: []string{"10.96.1.10"}: failed to allocate IP 10.96.1.10: '
+        "provided IP is already allocated (to Service default/a)",
+        f"f.yaml:17: spec.ports[0].nodePort: Invalid value: 30888: {taken}",
+        'f.yaml:24: spec.clusterIPs: Invalid value: []string{"10.1.1.1"}: failed to allocate IP 10.1.1.1: '
+        "the provided IP (10.1.1.1) is not in the valid range. The range of valid IPs is 10.96.0.0/12",
+        "f.yaml:26: spec.ports[0].nodePort: Invalid value: 80: provided port is not in the valid range. "
+        "The range of valid ports is 30000-32767",
+        'f.yaml:33: spec.clusterIPs: Invalid value: []string{"10.96.0.1"}: failed to allocate IP 10.96.0.1: '
+        "provided IP is already allocated (to Service default/kubernetes)",
+    ]
+
+
+def test_a_topology_among_the_files_sets_the_ranges(tmp_path: Path) -> None:
+    """Manifests checked together with a topology are checked for its cluster."""
+    topology = Path(__file__).parents[2] / "topologies/three-nodes.yaml"
+    path = tmp_path / "f.yaml"
+    path.write_text(service("a", "10.96.4.1", 30000))
+    assert check_files([path]) == []
+    (problem,) = check_files([topology, path])
+    assert problem.message.endswith("The range of valid IPs is 10.96.0.0/22")

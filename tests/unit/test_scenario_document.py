@@ -360,3 +360,12 @@ def test_the_schema_accepts_and_refuses(tmp_path: Path) -> None:
         (document,), _ = parse_documents(f"{HEADER}    - {bad}\n", "s")
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(document.value, schema)
+
+
+def test_services_are_checked_for_the_topologys_ranges(tmp_path: Path) -> None:
+    """A ClusterIP outside the topology's Service range is refused before a lab is started."""
+    write(tmp_path, manifest=MANIFEST.replace("spec: {selector", "spec: {clusterIP: 10.96.4.1, selector"))
+    assert problems_of(tmp_path) == [
+        'web.yaml:22: spec.clusterIPs: Invalid value: []string{"10.96.4.1"}: failed to allocate IP 10.96.4.1: '
+        "the provided IP (10.96.4.1) is not in the valid range. The range of valid IPs is 10.96.0.0/22"
+    ]
