@@ -121,7 +121,9 @@ def _value_of(variable: Mapping[str, Any], pod: Object, find: Find, pod_ip: str,
             if optional:
                 return None
             kind = "ConfigMap" if resource == "configmaps" else "Secret"
-            raise MissingReference(f"couldn't find key {reference['key']} in {kind} {namespace_of(pod)}/{reference['name']}")
+            raise MissingReference(
+                f"couldn't find key {reference['key']} in {kind} {namespace_of(pod)}/{reference['name']}"
+            )
     if "fieldRef" in source:
         return downward_value(source["fieldRef"]["fieldPath"], pod, pod_ip=pod_ip, host_ip=host_ip)
     return "0"  # resourceFieldRef: nothing is limited here
