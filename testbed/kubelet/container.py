@@ -16,9 +16,8 @@ from testbed.kubelet.prober import probe
 from testbed.kubelet.probes import ProbeState, timing_of
 from testbed.kubelet.restarts import next_back_off_s, should_restart
 from testbed.kubelet.runtime import ContainerSpec, ExitStatus, Runtime
-from testbed.kubelet.specs import RefusedContainer
+from testbed.kubelet.specs import RefusedContainer, Start
 from testbed.kubelet.status import ContainerView, running, terminated, waiting
-from testbed.programs.catalogue import Program
 
 
 class Surroundings(Protocol):
@@ -28,7 +27,7 @@ class Surroundings(Protocol):
     node: str
     address: IPv4Address
 
-    def prepare(self, container: Mapping[str, Any], container_id: str) -> tuple[ContainerSpec, Program]:
+    def prepare(self, container: Mapping[str, Any], container_id: str) -> Start:
         """Return what to start, read anew at each start; RefusedContainer or InputError when it must not be."""
 
     async def references_changed(self) -> None:
@@ -59,7 +58,7 @@ class ContainerRunner:
         self._policy = restart_policy
         self._grace_s = grace_s
         self._stopping = False
-        self._program: Program | None = None
+        self._stop_signal = signal.SIGTERM
         self._wake = asyncio.Event()
 
     # -- the life of a container -----------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ class ContainerRunner:
         said = ""
         while not self._stopping:
             try:
-                spec, self._program = pod.prepare(self.definition, container_id)
+                start = pod.prepare(self.definition, container_id)
             except RefusedContainer as error:
                 reason, message = "CreateContainerConfigError", str(error)
             except InputError as error:
@@ -135,13 +134,14 @@ class ContainerRunner:
                 pod.say(
                     "Normal", "Pulled", f'Container image "{self.view.image}" already present on machine', self.name
                 )
-                if self._program.is_stand_in:
+                self._stop_signal = start.stop_signal
+                if start.is_stand_in:
                     pod.say(
                         "Warning", "StandIn",
                         f'image "{self.view.image}" is not in the catalogue: an echo server answers on its containerPorts',
                         self.name,
                     )  # fmt: skip
-                return spec
+                return start.spec
             if message != said:
                 event_reason = "InspectFailed" if reason == "InvalidImageName" else "Failed"
                 pod.say("Warning", event_reason, f"Error: {message}", self.name)
@@ -258,8 +258,7 @@ class ContainerRunner:
             )
             if not healthy:
                 pod.say("Warning", "FailedPreStopHook", f"PreStopHook failed: {words}", self.name)
-        stop_signal = self._program.stop_signal if self._program else signal.SIGTERM
-        await pod.runtime.signal_container(container_id, stop_signal)
+        await pod.runtime.signal_container(container_id, self._stop_signal)
         try:
             # after a preStop hook that took it all, two more seconds (kuberuntime_container.go)
             async with asyncio.timeout(max(2.0 if hook else 0.0, deadline - pod.clock())):

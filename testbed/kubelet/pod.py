@@ -12,13 +12,12 @@ from testbed.controllers.events import record_event
 from testbed.errors import ApiError, KernelError, TestbedError
 from testbed.kubelet.container import ContainerRunner
 from testbed.kubelet.environment import MissingReference, service_variables
-from testbed.kubelet.runtime import ContainerSpec, Volume
-from testbed.kubelet.specs import container_spec, not_honoured, sandbox_spec
+from testbed.kubelet.runtime import Volume
+from testbed.kubelet.specs import Start, container_start, not_honoured, sandbox_spec
 from testbed.kubelet.status import ContainerView, pod_status, waiting
 from testbed.kubelet.texts import hostname_of
 from testbed.kubelet.volumes import UnsupportedVolume, live_sources, volumes_of
 from testbed.model.objects import Object, is_terminating, name_of, namespace_of
-from testbed.programs.catalogue import Program
 
 if TYPE_CHECKING:
     from testbed.kubelet.agent import Kubelet
@@ -244,11 +243,10 @@ class PodWorker:
 
     # -- for its containers ----------------------------------------------------------------------------------------
 
-    def prepare(self, container: Mapping[str, Any], container_id: str) -> tuple[ContainerSpec, Program]:
-        image = self.kubelet.catalogue.lookup(container["image"])
-        return container_spec(
-            self.pod, container, image, container_id=container_id, find=self._find, services=self._services,
-            pod_ip=self._pod_ip, host_ip=str(self.kubelet.node_address),
+    def prepare(self, container: Mapping[str, Any], container_id: str) -> Start:
+        return container_start(
+            self.pod, container, self.kubelet.catalogue, container_id=container_id, find=self._find,
+            services=self._services, pod_ip=self._pod_ip, host_ip=str(self.kubelet.node_address),
         )  # fmt: skip
 
     async def references_changed(self) -> None:

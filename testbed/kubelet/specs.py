@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -12,13 +14,20 @@ from testbed.kubelet.texts import hosts_file, resolv_conf
 from testbed.kubelet.volumes import mounts_of
 from testbed.model.cluster import ClusterConfig
 from testbed.model.objects import Object, name_of, namespace_of
-from testbed.programs.catalogue import Image, PodIdentity, Program, program_of
-
-_ALL_CAPABILITIES = "ALL"
+from testbed.programs.catalogue import Catalogue, PodInfo, stands_in
 
 
 class RefusedContainer(LookupError):
     """A container that the kubelet does not start: ``CreateContainerConfigError`` and this message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start of a container: the request, and what the kubelet must know of the image."""
+
+    spec: ContainerSpec
+    stop_signal: signal.Signals
+    is_stand_in: bool
 
 
 def sandbox_spec(
@@ -44,33 +53,38 @@ def sandbox_spec(
     )
 
 
-def container_spec(
-    pod: Object, container: Mapping[str, Any], image: Image, *, container_id: str, find: Find,
+def container_start(
+    pod: Object, container: Mapping[str, Any], catalogue: Catalogue, *, container_id: str, find: Find,
     services: Mapping[str, str], pod_ip: str, host_ip: str,
-) -> tuple[ContainerSpec, Program]:  # fmt: skip
-    """Return the request for one start of a container, and the program it runs.
+) -> Start:  # fmt: skip
+    """Return one start of a container.
 
     Raises:
-        RefusedContainer: a ConfigMap or Secret for its environment is missing, or it must not run as root and would.
+        RefusedContainer: a ConfigMap or Secret for its environment is missing, there is no command to run, or it must
+            not run as root and would.
+        InvalidImageName: the image reference cannot be read.
     """
+    image = catalogue.lookup(container["image"])
     try:
         env = container_environment(
             container, pod, find=find, base={**services, **image.env}, pod_ip=pod_ip, host_ip=host_ip
         )
     except MissingReference as error:
         raise RefusedContainer(str(error)) from error
-    identity = PodIdentity(
+    identity = PodInfo(
         namespace=namespace_of(pod),
         pod=name_of(pod),
         node=pod["spec"].get("nodeName", ""),
-        pod_ip=pod_ip,
-        container=container["name"],
+        address=pod_ip,
+        ports=tuple((port.get("protocol", "TCP"), port["containerPort"]) for port in container.get("ports") or ()),
     )
     command = [expand(word, env) for word in container.get("command") or ()]
     arguments = [expand(word, env) for word in container.get("args") or ()]
-    program = program_of(image, dict(container), identity, command, arguments)
+    program = catalogue.program(image, container["image"], command, arguments, identity)
+    if not program.argv and not program.builtin:
+        raise RefusedContainer("no command specified")
     security = {**(pod["spec"].get("securityContext") or {}), **(container.get("securityContext") or {})}
-    uid = int(security.get("runAsUser", program.uid))
+    uid = int(security.get("runAsUser", image.uid))
     if security.get("runAsNonRoot") and uid == 0:
         raise RefusedContainer("container has runAsNonRoot and image will run as root")
     groups = [*(security.get("supplementalGroups") or ()), *([security["fsGroup"]] if "fsGroup" in security else ())]
@@ -83,17 +97,17 @@ def container_spec(
         builtin=program.builtin,
         builtin_args=program.builtin_args,
         env=env,
-        cwd=container.get("workingDir") or program.cwd,
+        cwd=container.get("workingDir") or image.cwd,
         uid=uid,
         gid=int(security.get("runAsGroup", 0)),
         groups=tuple(int(group) for group in groups),
         add_capabilities=_names(capabilities.get("add")),
         drop_capabilities=_names(capabilities.get("drop")),
         privileged=bool(security.get("privileged")),
-        files=program.files,
+        files=image.files(identity),
         mounts=mounts_of(container),
     )
-    return spec, program
+    return Start(spec=spec, stop_signal=signal.Signals[image.stop_signal], is_stand_in=stands_in(image, program))
 
 
 def _names(capabilities: list[str] | None) -> tuple[str, ...]:
