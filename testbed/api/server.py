@@ -11,6 +11,7 @@ Nothing here knows a kind by name, but for the subresources that only one kind h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -36,6 +37,8 @@ MAX_BODY_BYTES = 3 * 1024 * 1024
 #: How many events a watcher may be behind before its connection is closed; it resumes or lists again.
 MAX_WATCH_BACKLOG = 8192
 BOOKMARK_INTERVAL_S = 60.0
+#: How soon we notice that a watcher has gone while nothing happens.
+LIVENESS_INTERVAL_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +133,9 @@ async def _errors_as_status(request: web.Request, handler: Handler) -> web.Strea
         return _json(status_of(_unknown_path()), 404)
     except web.HTTPMethodNotAllowed:
         return _json(status_of(_not_allowed()), 405)
-    except (ConnectionError, asyncio.CancelledError):
+    except RecursionError:
+        return _json(status_of(bad_request("the body of the request is nested too deeply")), 400)
+    except ConnectionError:
         raise
     except Exception:
         _log.exception("request failed: %s %s", request.method, request.path_qs)
@@ -466,21 +471,27 @@ class _Watcher:
         await response.prepare(self._request)
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s if timeout_s is not None else float("inf")
-        while True:
-            self._wake.clear()
-            while self._queue:
-                batch = b"".join(self._queue.popleft() for _ in range(min(len(self._queue), 256)))
-                await response.write(batch)
-                self._limit = MAX_WATCH_BACKLOG if len(self._queue) < MAX_WATCH_BACKLOG else self._limit
-            left = end - loop.time()
-            if self._stopped or left <= 0:
-                break
-            try:
-                await asyncio.wait_for(self._wake.wait(), min(left, BOOKMARK_INTERVAL_S))
-            except TimeoutError:
-                if self._bookmarks and end > loop.time():
+        next_bookmark = loop.time() + BOOKMARK_INTERVAL_S
+        try:
+            while True:
+                self._wake.clear()
+                while self._queue:
+                    await response.write(b"".join(self._queue.popleft() for _ in range(min(len(self._queue), 256))))
+                    if len(self._queue) < MAX_WATCH_BACKLOG:
+                        self._limit = MAX_WATCH_BACKLOG  # the initial state, which may be longer, is nearly out
+                left = end - loop.time()
+                if self._stopped or left <= 0:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), min(left, LIVENESS_INTERVAL_S))
+                if self._request.transport is None or self._request.transport.is_closing():
+                    return response
+                if self._bookmarks and loop.time() >= next_bookmark:
+                    next_bookmark = loop.time() + BOOKMARK_INTERVAL_S
                     self._queue.append(self._bookmark())
-        await response.write_eof()
+            await response.write_eof()
+        except ConnectionError:
+            pass  # the client has gone, which is how most watches end
         return response
 
 

@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 
 from testbed.errors import ApiError, Cause
 from testbed.manifests import kinds
-from testbed.manifests.kinds.causes import Causes
 from testbed.manifests.kinds.names import NAME_ALPHABET
 from testbed.model.cluster import ClusterConfig
 from testbed.model.json_values import merge_patch
@@ -182,12 +181,12 @@ class Registry:
             strategy.prepare_for_update(current, new)
             strategy.settle_generation(current, new)
         if subresource:
+            kinds.default_status(new)
             _refuse_if(kind, name, kinds.validate_status(new))
             commit = nothing
         else:
-            early = Causes(strategy.validate_update(current, new))
             commit = strategy.allocate(current, new)
-            _refuse_if(kind, name, [*early, *kinds.validate_decoded(new)])
+            _refuse_if(kind, name, [*strategy.validate_update(current, new), *kinds.validate_decoded(new)])
         if dry_run:
             return new
         commit()
@@ -284,16 +283,12 @@ class Registry:
                 if given[0] != kind.api_version
                 else f"{given[1]} in version {given[0]!r} cannot be handled as a {kind.kind}: the kind does not match"
             )
-        new, problems = kinds.decode(
-            {
-                "apiVersion": kind.api_version,
-                "kind": kind.kind,
-                **obj,
-            }
-        )
+        try:
+            new, problems = kinds.decode({**obj, "apiVersion": kind.api_version, "kind": kind.kind})
+        except RecursionError:
+            raise bad_request("the object is nested too deeply") from None
         if problems:
             raise undecodable(kind, problems[0])
-        new["apiVersion"], new["kind"] = given
         return new
 
     def _scaled(self, kind: Resource, scale: Object) -> Object:

@@ -21,6 +21,7 @@ __all__ = [
     "decode",
     "default_in_place",
     "default_object",
+    "default_status",
     "known_fields",
     "unknown_fields",
     "validate_decoded",
@@ -80,6 +81,12 @@ def validate_decoded(obj: Object) -> list[Cause]:
     if resource is not None and resource.key in _RULES:
         _RULES[resource.key](obj, causes)
     return causes
+
+
+def default_status(obj: Object) -> None:
+    """Fill in the defaults of a decoded object's status, and touch nothing else of it."""
+    if obj.get("kind") == "Service":
+        service.default_service_status(obj)
 
 
 def validate_status(obj: Object) -> list[Cause]:

@@ -91,6 +91,11 @@ def default_service(service: Object) -> None:
         spec.setdefault("internalTrafficPolicy", "Cluster")
     if spec["type"] == "LoadBalancer":
         spec.setdefault("allocateLoadBalancerNodePorts", True)
+    default_service_status(service)
+
+
+def default_service_status(service: Object) -> None:
+    """Fill in the defaults of a Service's status."""
     service["status"] = {"loadBalancer": {}, **(service.get("status") or {})}
     for ingress in service["status"]["loadBalancer"].get("ingress") or []:
         if ingress.get("ip"):
