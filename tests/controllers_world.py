@@ -20,7 +20,7 @@ _EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 class FakeKubelet:
     """Runs the pods of every node: gives them an address, makes them ready, and removes those that are to end.
 
-    ``holds`` says which pods to leave alone for now.
+    ``holds`` says which pods to leave alone for now; ``at_once`` how many it takes care of before the controllers look.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -28,6 +28,7 @@ class FakeKubelet:
         self._todo: dict[Key, None] = {}
         self._addresses = count(2)
         self.holds: Callable[[Object], bool] = lambda _pod: False
+        self.at_once = 1
         registry.store.subscribe(self._notice, "pods")
 
     def _notice(self, event: Event) -> None:
@@ -116,7 +117,7 @@ class World:
             self.driver.run_pending()
             if self._timers and self._timers[0][0] <= self._clock():
                 heapq.heappop(self._timers)[2]()
-            elif not self.kubelet.step():
+            elif not any([self.kubelet.step() for _ in range(self.kubelet.at_once)]):
                 return
         raise AssertionError("the controllers do not come to rest")
 

@@ -6,7 +6,6 @@ Source: kubernetes pkg/controller/endpoint/endpoints_controller.go, pkg/api/v1/e
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from ipaddress import ip_address
 
 from testbed.controllers.endpointslice import has_selector, services_touched
 from testbed.controllers.index import ClusterIndex
@@ -17,6 +16,7 @@ from testbed.controllers.slices import (
     Port,
     address_type,
     is_headless,
+    parsed_address,
     pod_addresses,
     ports_of,
     render_port,
@@ -109,7 +109,7 @@ def endpoint_subsets(service: Object, pods: Sequence[Object]) -> tuple[list[Obje
         ports = ports_of(service, pod) if ip else ()
         if ip and (ports or not service["spec"].get("ports")):
             found.append((ports, ip, publish or is_ready(pod), _address(service, pod, ip)))
-    found.sort(key=lambda one: (not one[2], ip_address(one[1])))  # when there are too many, ready ones stay
+    found.sort(key=lambda one: (not one[2], parsed_address(one[1]).packed))  # when there are too many, ready ones stay
     grouped: dict[tuple[Port, ...], dict[str, list[Object]]] = {}
     for ports, _, ready, address in found[:_MAX_ADDRESSES]:
         subset = grouped.setdefault(ports, {"addresses": [], "notReadyAddresses": []})

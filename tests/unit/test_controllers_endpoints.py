@@ -319,7 +319,8 @@ def test_named_ports_that_differ_make_two_slices(world: World) -> None:
 
 
 def test_250_pods_make_three_slices(world: World) -> None:
-    """Pods that become ready one by one end up in as few slices as can be."""
+    """Pods that become ready a few at a time end up in as few slices as can be."""
+    world.kubelet.at_once = 20
     world.create("services", service())
     world.create("deployments.apps", deployment(replicas=250))
     world.settle()
