@@ -79,9 +79,9 @@ def container_environment(
             if _ENV_NAME.fullmatch(prefix + key):
                 values[prefix + key] = value
     for variable in container.get("env") or ():
-        value = _value_of(variable, pod, find, pod_ip, host_ip)
-        if value is not None:
-            values[variable["name"]] = expand(value, values) if "value" in variable else value
+        found = _value_of(variable, pod, find, pod_ip, host_ip)
+        if found is not None:
+            values[variable["name"]] = expand(found, values) if "value" in variable else found
     return values
 
 

@@ -68,7 +68,7 @@ class ProbeState:
         if not hurry or not self._never_succeeded:
             return self._timing.period_s
         self._early_tries += 1
-        return min(self._timing.period_s, _FIRST_RETRY_S * 2 ** (self._early_tries - 1))
+        return min(self._timing.period_s, _FIRST_RETRY_S * 2.0 ** (self._early_tries - 1))
 
 
 def http_verdict(status: int) -> tuple[bool, str]:

@@ -155,7 +155,9 @@ def _conditions(
         ("PodScheduled", True, "", ""),
     ]
     known = {condition["type"]: condition for condition in (pod.get("status") or {}).get("conditions") or ()}
-    conditions = [_condition(known.pop(type_, None), type_, *rest, now) for type_, *rest in wanted]
+    conditions = [
+        _condition(known.pop(type_, None), type_, is_true, why, words, now) for type_, is_true, why, words in wanted
+    ]
     return conditions + list(known.values())
 
 
