@@ -117,7 +117,7 @@ class World:
             self.driver.run_pending()
             if self._timers and self._timers[0][0] <= self._clock():
                 heapq.heappop(self._timers)[2]()
-            elif not any([self.kubelet.step() for _ in range(self.kubelet.at_once)]):
+            elif sum(self.kubelet.step() for _ in range(self.kubelet.at_once)) == 0:
                 return
         raise AssertionError("the controllers do not come to rest")
 

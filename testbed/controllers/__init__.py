@@ -12,6 +12,7 @@ from testbed.controllers.endpointslice import EndpointSliceController, Mirroring
 from testbed.controllers.events import record_event
 from testbed.controllers.garbage import GarbageCollector
 from testbed.controllers.index import ClusterIndex
+from testbed.controllers.job import JobController
 from testbed.controllers.replicaset import ReplicaSetController
 from testbed.controllers.scheduler import Scheduler
 from testbed.controllers.system import NamespaceController, ServiceAccountController, ensure_system_namespaces
@@ -34,6 +35,7 @@ def default_controllers(config: ClusterConfig, *, pick: Callable[[int], int]) ->
         DeploymentController(index),
         ReplicaSetController(index),
         DaemonSetController(index),
+        JobController(index),
         Scheduler(index),
         EndpointSliceController(index),
         EndpointsController(index),

@@ -48,11 +48,6 @@ class EndpointsController:
             return [event.key]
         if event.key.resource == "endpoints":
             return [event.key._replace(resource="services")] if event.type is EventType.DELETED else []
-        if event.type is EventType.DELETED:
-            return [
-                Key("services", event.key.namespace, service["metadata"]["name"])
-                for service in self._index.services_selecting(event.object)
-            ]
         return services_touched(self._index, event)
 
     def reconcile(self, key: Key, registry: Registry) -> float | None:

@@ -47,7 +47,7 @@ def services_touched(index: ClusterIndex, event: Event) -> set[Key]:
         if event.type is not EventType.DELETED and labels_of(event.object).get(ZONE_LABEL) == before:
             return set()
         pods = index.pods_on(event.key.name)
-    elif event.previous is not None and _same_endpoint(event.previous, event.object):
+    elif event.type is EventType.MODIFIED and event.previous and _same_endpoint(event.previous, event.object):
         return set()
     else:
         pods = [event.object] if event.previous is None else [event.object, event.previous]
@@ -65,8 +65,7 @@ def _same_endpoint(before: Object, after: Object) -> bool:
     was, now = before.get("status") or {}, after.get("status") or {}
     same_status = all(was.get(name) == now.get(name) for name in ("phase", "podIP", "podIPs"))
     same_node = before["spec"].get("nodeName") == after["spec"].get("nodeName")
-    # A deletion is MODIFIED no more: the last state of a pod says the same as the one before.
-    return same_status and same_node and is_ready(before) == is_ready(after) and before is not after
+    return same_status and same_node and is_ready(before) == is_ready(after)
 
 
 class EndpointSliceController:
@@ -84,11 +83,6 @@ class EndpointSliceController:
             return [event.key]
         if event.key.resource == _RESOURCE:
             return [] if self._writing else _service_of_slice(event, CONTROLLER)
-        if event.key.resource == "pods" and event.type is EventType.DELETED:
-            return [
-                Key("services", event.key.namespace, service["metadata"]["name"])
-                for service in self._index.services_selecting(event.object)
-            ]
         return services_touched(self._index, event)
 
     def reconcile(self, key: Key, registry: Registry) -> float | None:

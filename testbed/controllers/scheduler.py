@@ -85,7 +85,7 @@ class Scheduler:
 
 def bind(registry: Registry, pod: Object, node: str) -> None:
     """Put a pod on a node, and say so in its conditions."""
-    bound = registry.update("pods", {**pod, "spec": {**pod["spec"], "nodeName": node}}, subresource="binding")
+    bound = registry.update("pods", {**pod, "spec": {**pod["spec"], "nodeName": node}})
     if (condition_of(bound, "PodScheduled") or {}).get("status") != "True":
         condition = {"type": "PodScheduled", "status": "True", "lastTransitionTime": registry.now()}
         write_status(

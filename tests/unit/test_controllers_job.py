@@ -1,0 +1,93 @@
+"""Jobs: pods until enough have succeeded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from controllers_world import World, template
+
+from testbed.controllers.job import JobPlan, plan_job
+from testbed.controllers.pods import condition_of
+from testbed.model.objects import Object
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts", "plan"),
+    [
+        pytest.param({"completions": 1}, (0, 0, 0), JobPlan(create=1), id="the first pod"),
+        pytest.param({"completions": 5, "parallelism": 2}, (1, 1, 0), JobPlan(create=1), id="as many as may run"),
+        pytest.param({"completions": 5, "parallelism": 9}, (0, 4, 0), JobPlan(create=1), id="no more than are missing"),
+        pytest.param({"completions": 2}, (0, 2, 1), JobPlan(end="Complete"), id="enough"),
+        pytest.param(
+            {"backoffLimit": 1, "completions": 1}, (1, 0, 2), JobPlan(delete=1, end="Failed"), id="too many failed"
+        ),
+        pytest.param({"backoffLimit": 1, "completions": 1}, (0, 0, 1), JobPlan(create=1), id="one more try"),
+        pytest.param(
+            {"completions": 3, "parallelism": 3, "suspend": True}, (2, 0, 0), JobPlan(delete=2), id="suspended"
+        ),
+        pytest.param({"parallelism": 3}, (2, 1, 0), JobPlan(), id="a work queue runs dry"),
+        pytest.param({"parallelism": 3}, (0, 1, 0), JobPlan(end="Complete"), id="a work queue is done"),
+    ],
+)
+def test_what_a_job_needs_next(spec: Object, counts: tuple[int, int, int], plan: JobPlan) -> None:
+    """Pods are made up to parallelism and completions, and the backoff limit ends it."""
+    active, succeeded, failures = counts
+    assert plan_job(spec, active=active, succeeded=succeeded, failures=failures) == plan
+
+
+@pytest.fixture
+def world() -> World:
+    world = World()
+    world.settle()
+    return world
+
+
+def start(world: World, **spec: Any) -> None:
+    pod_template = template({}, restartPolicy="Never")
+    world.create(
+        "jobs.batch",
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": "once", "namespace": "default"},
+            "spec": {"template": pod_template, **spec},
+        },
+    )
+    world.settle()
+
+
+def end_pod(world: World, phase: str) -> None:
+    running = next(pod for pod in world.pods() if pod["status"]["phase"] == "Running")
+    world.kubelet.set_ready(running, False, phase=phase)
+    world.settle()
+
+
+def test_a_job_completes(world: World) -> None:
+    """After the wanted successes the Job is Complete, keeps its pods and starts no more."""
+    start(world, completions=2, parallelism=1)
+    for _ in range(2):
+        end_pod(world, "Succeeded")
+    status = world.get("jobs.batch", "once")["status"]
+    assert (status["succeeded"], status.get("active", 0)) == (2, 0)
+    assert (condition_of({"status": status}, "Complete") or {})["status"] == "True"
+    assert [pod["status"]["phase"] for pod in world.pods()] == ["Succeeded"] * 2
+    assert {pod["metadata"]["labels"]["batch.kubernetes.io/job-name"] for pod in world.pods()} == {"once"}
+    world.registry.delete("jobs.batch", "default", "once")
+    world.settle()
+    assert world.left("default") == []
+    assert not world.errors
+
+
+def test_a_job_tries_again_after_a_pause_and_gives_up(world: World) -> None:
+    """A failed pod is replaced after 10 s; one failure above the limit fails the Job."""
+    start(world, completions=1, backoffLimit=1)
+    end_pod(world, "Failed")
+    assert len(world.pods()) == 1
+    world.advance(11)
+    assert len(world.pods()) == 2
+    end_pod(world, "Failed")
+    status = world.get("jobs.batch", "once")["status"]
+    assert (condition_of({"status": status}, "Failed") or {})["reason"] == "BackoffLimitExceeded"
+    world.advance(100)
+    assert len(world.pods()) == 2
