@@ -17,7 +17,6 @@ import traceback
 from testbed.errors import TestbedError
 from testbed.kernel import linux
 from testbed.lab.request import LabRequest, report
-from testbed.lab.spawner import Spawner
 
 
 def main() -> int:
@@ -39,6 +38,8 @@ def _be_control(request: LabRequest, spawner: socket.socket) -> None:
     try:
         linux.set_process_name("control")
         linux.set_parent_death_signal(signal.SIGKILL)
+        # aiohttp loads every certificate authority for its client when it is imported, 0.2 s for what we never use.
+        os.environ |= {"SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}
         from testbed.lab.control import run_control
 
         run_control(request, spawner)
@@ -57,10 +58,13 @@ def _be_control(request: LabRequest, spawner: socket.socket) -> None:
 
 def _be_spawner(request: LabRequest, control: socket.socket) -> int:
     linux.set_process_name("spawner")
+    from testbed.lab.spawner import Spawner, preload
+
     try:
         spawner = Spawner(request.topology, request.folder, control)
         spawner.network.build_topology()
         report(request.progress_fd, phase="network")
+        preload()
         # The control process reports from here on; holding the pipe would hide its death from whoever waits.
         os.close(request.progress_fd)
         lifeline = [request.lifeline_fd] if request.lifeline_fd >= 0 else []
