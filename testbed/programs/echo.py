@@ -261,6 +261,10 @@ class EchoServer:
                 return
             else:
                 if not received:  # the peer sends no more, but may still read what it asked for
+                    if connection.inbox and not connection.is_http:  # a last line without its end: `printf hi | nc`
+                        connection.is_http = False
+                        connection.inbox += b"\n"
+                        self._take_line(connection)
                     connection.closing = True
                     if not (connection.outbox or connection.is_waiting):
                         self._close(connection)
