@@ -5,7 +5,7 @@
     overlay(lower=/, upper, work in the lab's tmpfs)     written parts are the container's alone
     ├── proc, sys        new mounts: of the container's PID and network namespace
     ├── dev              tmpfs with null zero full random urandom tty, pts, shm
-    ├── run, tmp         tmpfs, empty
+    ├── run, tmp         empty: opaque folders of the upper layer
     ├── etc/hosts …      written into upper before the mount
     └── volumes          bind mounts
 
@@ -65,13 +65,17 @@ def enter_root(folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), kee
     """
     root = f"{folder}/root"
     os.mkdir(root)
+    for path, mode in (("run", 0o755), ("tmp", 0o1777)):
+        # Opaque (overlayfs.rst): what the machine has there does not show. Mounts would cost memory in every pod.
+        upper = f"{folder}/upper/{path}"
+        os.makedirs(upper, exist_ok=True)
+        os.chmod(upper, mode)
+        os.setxattr(upper, "trusted.overlay.opaque", b"y")
     data = f"lowerdir={lower},upperdir={folder}/upper,workdir={folder}/work"
     linux.mount("overlay", root, "overlay", 0, data)
     linux.mount("proc", f"{root}/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     linux.mount("sysfs", f"{root}/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     _make_dev(f"{root}/dev")
-    for path, mode in (("run", "0755"), ("tmp", "1777")):
-        linux.mount("tmpfs", f"{root}/{path}", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, f"mode={mode}")
     for path in keep:
         if not os.path.exists(root + path):
             os.makedirs(root + path)
@@ -92,18 +96,18 @@ def enter_root(folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), kee
 
 
 def _make_dev(path: str) -> None:
-    linux.mount("tmpfs", path, "tmpfs", linux.MS_NOSUID, "mode=0755,size=64k")
+    linux.mount("tmpfs", path, "tmpfs", linux.MS_NOSUID, "mode=0755")
     for name, (major, minor) in _DEVICES.items():
         os.mknod(f"{path}/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         os.chmod(f"{path}/{name}", 0o666)
     for name, target in _DEVICE_LINKS.items():
         os.symlink(target, f"{path}/{name}")
-    for name in ("pts", "shm"):
+    for name, mode in (("pts", 0o755), ("shm", 0o1777)):
         os.mkdir(f"{path}/{name}")
+        os.chmod(f"{path}/{name}", mode)
     linux.mount(
         "devpts", f"{path}/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"
     )
-    linux.mount("tmpfs", f"{path}/shm", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777")
 
 
 def _make_mount_point(path: str, *, is_folder: bool) -> None:

@@ -16,6 +16,7 @@ import traceback
 
 from testbed.errors import TestbedError
 from testbed.kernel import linux
+from testbed.lab.forker import Forker, start_forker
 from testbed.lab.request import LabRequest, report
 
 
@@ -25,12 +26,13 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+    forker = start_forker()
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
         _be_control(request, theirs)
     theirs.close()
-    return _be_spawner(request, ours)
+    return _be_spawner(request, ours, forker)
 
 
 def _be_control(request: LabRequest, spawner: socket.socket) -> None:
@@ -56,12 +58,12 @@ def _be_control(request: LabRequest, spawner: socket.socket) -> None:
         os._exit(status)
 
 
-def _be_spawner(request: LabRequest, control: socket.socket) -> int:
+def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> int:
     linux.set_process_name("spawner")
     from testbed.lab.spawner import Spawner, preload
 
     try:
-        spawner = Spawner(request.topology, request.folder, control)
+        spawner = Spawner(request.topology, request.folder, control, forker)
         spawner.network.build_topology()
         report(request.progress_fd, phase="network")
         preload()

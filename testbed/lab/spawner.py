@@ -14,7 +14,6 @@ import gc
 import hashlib
 import heapq
 import os
-import resource
 import selectors
 import shutil
 import signal
@@ -24,21 +23,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from testbed.errors import InputError, KernelError, NotPresent, TestbedError
-from testbed.kernel import linux
-from testbed.kernel.processes import Target, become, exec_child, exit_code, fork_in, reset_signals
-from testbed.kernel.rootfs import Bind, enter_root, write_upper
+from testbed.kernel.processes import Target, exec_child, exit_code, fork_in, reset_signals
+from testbed.kernel.rootfs import Bind
 from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
+from testbed.lab.container import ContainerStart, environment_of, fork_container, identity_of
+from testbed.lab.forker import FORKED_ELSEWHERE, Forker
 from testbed.lab.frames import FrameReader, send_frame
 from testbed.model.topology import Topology
 from testbed.underlay.hosts import inside_network
 from testbed.underlay.network import LabNetwork, make_private_folder
 
 _OUTPUT_LIMIT = 10 * 1024  # what a kubelet keeps of a probe's output
-_LOG_MODE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 Reply = Callable[[Any, Sequence[int]], None]
 
@@ -60,18 +58,21 @@ class _Container:
     folder: str
     pid: int
     pidfd: int
-    stopped: bool = False
+    is_ours: bool = True  # our own child, not the forker's
     ended: bool = False
 
 
 class Spawner:
     """The state of the spawner; `serve` runs it until the control process or the lab ends."""
 
-    def __init__(self, topology: Topology, lab_folder: str, control: socket.socket) -> None:
+    def __init__(
+        self, topology: Topology, lab_folder: str, control: socket.socket, forker: Forker | None = None
+    ) -> None:
         self.lab_folder = lab_folder
         self.private = make_private_folder(lab_folder)
         self.network = LabNetwork(topology, lab_folder, self.private)
         self._control = control
+        self._forker = forker
         self._selector = selectors.DefaultSelector()
         self._sandboxes: dict[str, _Sandbox] = {}
         self._containers: dict[str, _Container] = {}
@@ -86,6 +87,8 @@ class Spawner:
     def serve(self, listener: socket.socket, *, until: Sequence[int] = ()) -> None:
         """Answer requests until the control process is gone, or one of the descriptors ``until`` reports an end."""
         self._add_connection(self._control)
+        if self._forker is not None:
+            self._selector.register(self._forker, selectors.EVENT_READ, self._hear_forker)
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
         running = True
@@ -248,14 +251,12 @@ class Spawner:
             os.makedirs(f"{folder}/{part}")
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
-            pid = self._fork_container(sandbox, spec, folder, writing)
+            container = self._start(sandbox, spec, folder, writing)
         except OSError as error:
             os.close(reading)
             raise KernelError(f"{sandbox.name}: could not start container {spec.name!r}: {error.strerror}") from error
         finally:
             os.close(writing)
-        container = _Container(spec, folder, pid, -1)
-        container.pidfd = self._watch_child(pid, lambda status: self._container_ended(container, status))
         self._containers[spec.container_id] = container
         sandbox.containers[spec.container_id] = container
         os.set_blocking(reading, False)
@@ -281,20 +282,25 @@ class Spawner:
         except OSError:
             return  # the control process is gone, and with it the lab
 
-    def _fork_container(self, sandbox: _Sandbox, spec: ContainerSpec, folder: str, report: int) -> int:
-        """Fork the first process of a new PID namespace; it makes the rest of the container around itself."""
-        log = f"{sandbox.folder}/{spec.name}.log"
-        binds = [self._bind(sandbox, mount) for mount in spec.mounts]
-        own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            linux.unshare(linux.CLONE_NEWPID)  # of children only
-            pid = os.fork()
-            if pid == 0:
-                self._be_container(sandbox, spec, folder, binds, log, report)
-            return pid
-        finally:
-            linux.setns(own_pid_namespace, linux.CLONE_NEWPID)
-            os.close(own_pid_namespace)
+    def _start(self, sandbox: _Sandbox, spec: ContainerSpec, folder: str, report: int) -> _Container:
+        """Fork the first process of a container, here or, for the echo server, in the forker."""
+        start = ContainerStart(
+            sandbox=sandbox.spec,
+            spec=spec,
+            folder=folder,
+            log=f"{sandbox.folder}/{spec.name}.log",
+            binds=tuple(self._bind(sandbox, mount) for mount in spec.mounts),
+            keep=self._keep,
+        )
+        node = self.network[sandbox.spec.node].holder.pidfd
+        place = node if sandbox.spec.address is None else self.network[sandbox.name].holder.pidfd
+        if spec.builtin == FORKED_ELSEWHERE and self._forker is not None:
+            pid, pidfd = self._forker.fork(start, node, place, report)
+            return _Container(spec, folder, pid, pidfd, is_ours=False)
+        pid = fork_container(start, node, place, report)
+        container = _Container(spec, folder, pid, -1)
+        container.pidfd = self._watch_child(pid, lambda status: self._container_ended(container, status))
+        return container
 
     def _bind(self, sandbox: _Sandbox, mount: Mount) -> Bind:
         volume = next((found for found in sandbox.spec.volumes if found.name == mount.volume), None)
@@ -314,64 +320,24 @@ class Spawner:
     def _volume_path(self, sandbox: _Sandbox, volume: Volume) -> str:
         return volume.host_path or f"{sandbox.folder}/volumes/{volume.name}"
 
-    def _be_container(
-        self, sandbox: _Sandbox, spec: ContainerSpec, folder: str, binds: list[Bind], log: str, report: int
-    ) -> NoReturn:  # fmt: skip
-        status = 128
-        try:
-            self._enter_container(sandbox, spec, folder, binds, log, report)
-            if spec.builtin:
-                from testbed.programs.builtins import run_builtin
-
-                os.close(report)
-                status = run_builtin(spec.builtin, spec.builtin_args)
-            else:
-                try:
-                    os.execvpe(spec.argv[0], list(spec.argv), dict(os.environ))
-                except FileNotFoundError:  # containerd's words
-                    os.write(report, f'exec: "{spec.argv[0]}": executable file not found in $PATH'.encode())
-        except SystemExit as exit_:
-            status = exit_.code if isinstance(exit_.code, int) else 1
-        except BaseException as error:
-            message = f"{type(error).__name__}: {error}" if not isinstance(error, TestbedError) else str(error)
-            try:
-                os.write(report, message.encode())
-            except OSError:  # already closed: the program was running
-                os.write(2, f"{message}\n".encode())
-        finally:
-            os._exit(status)
-
-    def _enter_container(
-        self, sandbox: _Sandbox, spec: ContainerSpec, folder: str, binds: list[Bind], log: str, report: int
-    ) -> None:  # fmt: skip
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        reset_signals()
-        node = self.network[sandbox.spec.node]
-        place = node if sandbox.spec.address is None else self.network[sandbox.name]
-        log_fd = os.open(log, _LOG_MODE, 0o600)
-        null = os.open("/dev/null", os.O_RDONLY)
-        for source, number in ((null, 0), (log_fd, 1), (log_fd, 2)):
-            os.dup2(source, number)
-        # The node's mounts first, so that a hostPath is a path of the node; then the sandbox's network and name.
-        linux.setns(node.holder.pidfd, linux.CLONE_NEWNS)
-        linux.setns(place.holder.pidfd, linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
-        linux.close_descriptors_except(report)
-        linux.unshare(linux.CLONE_NEWNS)
-        write_upper(f"{folder}/upper", {f"/etc/{name}": text for name, text in sandbox.spec.etc_files.items()})
-        write_upper(f"{folder}/upper", spec.files)
-        enter_root(folder, binds=binds, keep=self._keep)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, min(1 << 20, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
-        become(_identity(sandbox.name, spec, -1))
-        os.environ.clear()
-        os.environ.update(_environment(sandbox, spec))
-        linux.set_process_name(spec.builtin or spec.argv[0].rsplit("/", 1)[-1])
-
     def do_signal_container(self, reply: Reply, _fds: list[int], *, container_id: str, signal_number: int) -> None:
         container = self._containers.get(container_id)
         if container is not None and not container.ended:
             signal.pidfd_send_signal(container.pidfd, signal_number)
         reply(None, ())
+
+    def _hear_forker(self) -> None:
+        """Take note of containers of the forker that have ended."""
+        if self._forker is not None:
+            self._forker.wait()
+            self._take_ends()
+
+    def _take_ends(self) -> None:
+        if self._forker is None:
+            return
+        ends = self._forker.take_ends()
+        for container in [c for c in self._containers.values() if not c.is_ours and c.pid in ends]:
+            self._container_ended(container, ends[container.pid])
 
     def do_remove_container(self, reply: Reply, _fds: list[int], *, container_id: str) -> None:
         container = self._containers.get(container_id)
@@ -382,9 +348,12 @@ class Spawner:
     def _remove_container(self, sandbox: _Sandbox, container: _Container) -> None:
         if not container.ended:
             signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)
-            self._selector.unregister(container.pidfd)
-            _, status = os.waitpid(container.pid, 0)
-            self._container_ended(container, status)
+            if container.is_ours:
+                self._selector.unregister(container.pidfd)
+                _, status = os.waitpid(container.pid, 0)
+                self._container_ended(container, status)
+            while not container.ended:
+                self._hear_forker()
         os.close(container.pidfd)
         shutil.rmtree(container.folder, ignore_errors=True)
         del self._containers[container.spec.container_id], sandbox.containers[container.spec.container_id]
@@ -463,7 +432,7 @@ class Spawner:
         reply(answer, (target.pidfd,))
 
     def _container_target(self, sandbox: _Sandbox, container: _Container) -> Target:
-        return _identity(sandbox.name, container.spec, container.pidfd, _environment(sandbox, container.spec))
+        return identity_of(sandbox.name, container.spec, container.pidfd, environment_of(sandbox.spec, container.spec))
 
     def do_topology(self, reply: Reply, _fds: list[int]) -> None:
         reply(self.network.topology, ())
@@ -524,25 +493,6 @@ def preload() -> None:
     from testbed.programs import builtins, kube_proxy
 
     del yaml, builtins, kube_proxy
-
-
-def _identity(name: str, spec: ContainerSpec, pidfd: int, env: Mapping[str, str] | None = None) -> Target:
-    """Return who a program in this container is."""
-    capabilities: frozenset[str] | None = None
-    if not spec.privileged:
-        dropped = (
-            frozenset(linux.CAPABILITIES) if "ALL" in spec.drop_capabilities else frozenset(spec.drop_capabilities)
-        )
-        added = frozenset(linux.CAPABILITIES) if "ALL" in spec.add_capabilities else frozenset(spec.add_capabilities)
-        capabilities = (linux.DEFAULT_CAPABILITIES - dropped) | added
-    return Target(
-        name=name, pidfd=pidfd, env=env or {}, cwd=spec.cwd, uid=spec.uid, gid=spec.gid, groups=spec.groups,
-        capabilities=capabilities,
-    )  # fmt: skip
-
-
-def _environment(sandbox: _Sandbox, spec: ContainerSpec) -> dict[str, str]:
-    return {"PATH": _DEFAULT_PATH, "HOSTNAME": sandbox.spec.hostname, "HOME": "/root", **spec.env}
 
 
 def _run_cli(network: LabNetwork) -> None:

@@ -1,0 +1,129 @@
+"""A container's first process: forked into a new PID namespace, it makes the rest of the container around itself.
+
+Standard library only: the echo server's forker imports nothing else, and each of a thousand pods carries what it holds.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from testbed.errors import TestbedError
+from testbed.kernel import linux
+from testbed.kernel.processes import Target, become, reset_signals
+from testbed.kernel.rootfs import Bind, enter_root, write_upper
+from testbed.kubelet.runtime import ContainerSpec, SandboxSpec
+
+_LOG_MODE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_OPEN_FILES = (4096, 1 << 20)  # soft and, at most, hard limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerStart:
+    """All that the first process must know. ``folder`` holds upper/ and work/ of its overlay; ``log`` gets its output."""
+
+    sandbox: SandboxSpec
+    spec: ContainerSpec
+    folder: str
+    log: str
+    binds: tuple[Bind, ...]
+    keep: tuple[str, ...]  # folders that must stay visible (rootfs.enter_root)
+
+
+def fork_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> int:
+    """Fork and return the pid.
+
+    Args:
+        node_pidfd, place_pidfd: processes that hold the node's namespaces, and the pod's (the node's for hostNetwork).
+        report: a pipe that closes when the program runs, or says why it does not.
+    """
+    own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        linux.unshare(linux.CLONE_NEWPID)  # of children only
+        pid = os.fork()
+        if pid == 0:
+            _be_container(start, node_pidfd, place_pidfd, report)
+        return pid
+    finally:
+        linux.setns(own_pid_namespace, linux.CLONE_NEWPID)
+        os.close(own_pid_namespace)
+
+
+def _be_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> NoReturn:
+    status = 128
+    spec = start.spec
+    try:
+        _enter_container(start, node_pidfd, place_pidfd, report)
+        if spec.builtin:
+            os.close(report)
+            status = _run_builtin(spec)
+        else:
+            try:
+                os.execvpe(spec.argv[0], list(spec.argv), dict(os.environ))
+            except FileNotFoundError:  # containerd's words
+                os.write(report, f'exec: "{spec.argv[0]}": executable file not found in $PATH'.encode())
+    except SystemExit as exit_:
+        status = exit_.code if isinstance(exit_.code, int) else 1
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}" if not isinstance(error, TestbedError) else str(error)
+        try:
+            os.write(report, message.encode())
+        except OSError:  # already closed: the program was running
+            os.write(2, f"{message}\n".encode())
+    finally:
+        os._exit(status)
+
+
+def _run_builtin(spec: ContainerSpec) -> int:
+    from testbed.programs.builtins import run_builtin
+
+    return run_builtin(spec.builtin, spec.builtin_args)
+
+
+def _enter_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> None:
+    sandbox, spec = start.sandbox, start.spec
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    reset_signals()
+    log_fd = os.open(start.log, _LOG_MODE, 0o600)
+    null = os.open("/dev/null", os.O_RDONLY)
+    for source, number in ((null, 0), (log_fd, 1), (log_fd, 2)):
+        os.dup2(source, number)
+    # The node's mounts first, so that a hostPath is a path of the node; then the sandbox's network and name.
+    linux.setns(node_pidfd, linux.CLONE_NEWNS)
+    linux.setns(place_pidfd, linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
+    linux.close_descriptors_except(report)
+    linux.unshare(linux.CLONE_NEWNS)
+    write_upper(f"{start.folder}/upper", {f"/etc/{name}": text for name, text in sandbox.etc_files.items()})
+    write_upper(f"{start.folder}/upper", spec.files)
+    enter_root(start.folder, binds=start.binds, keep=start.keep)
+    soft, most = _OPEN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    become(identity_of(f"{sandbox.namespace}/{sandbox.pod_name}", spec, -1))
+    os.environ.clear()
+    os.environ.update(environment_of(sandbox, spec))
+    linux.set_process_name(spec.builtin or spec.argv[0].rsplit("/", 1)[-1])
+
+
+def identity_of(name: str, spec: ContainerSpec, pidfd: int, env: Mapping[str, str] | None = None) -> Target:
+    """Return who a program in this container is."""
+    capabilities: frozenset[str] | None = None
+    if not spec.privileged:
+        dropped = (
+            frozenset(linux.CAPABILITIES) if "ALL" in spec.drop_capabilities else frozenset(spec.drop_capabilities)
+        )
+        added = frozenset(linux.CAPABILITIES) if "ALL" in spec.add_capabilities else frozenset(spec.add_capabilities)
+        capabilities = (linux.DEFAULT_CAPABILITIES - dropped) | added
+    return Target(
+        name=name, pidfd=pidfd, env=env or {}, cwd=spec.cwd, uid=spec.uid, gid=spec.gid, groups=spec.groups,
+        capabilities=capabilities,
+    )  # fmt: skip
+
+
+def environment_of(sandbox: SandboxSpec, spec: ContainerSpec) -> dict[str, str]:
+    return {"PATH": _DEFAULT_PATH, "HOSTNAME": sandbox.hostname, "HOME": "/root", **spec.env}
