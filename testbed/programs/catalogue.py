@@ -121,7 +121,8 @@ class Catalogue:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             raise InvalidImageName(
-                f'Failed to apply default image tag "{reference}": couldn\'t parse image name "{reference}": '
+                f'Failed to apply default image tag "{reference}": '
+                f'couldn\'t parse image name "{reference}": '
                 "invalid reference format"
             )
         name = match["path"].rpartition("/")[2]

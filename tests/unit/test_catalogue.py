@@ -60,7 +60,8 @@ def test_impossible_names_are_refused(catalogue: Catalogue, reference: str) -> N
     """What no registry could hold is refused in the kubelet's words, and never becomes a stand-in."""
     with pytest.raises(InvalidImageName, match="invalid reference format") as caught:
         catalogue.lookup(reference)
-    assert str(caught.value).startswith(f'Failed to apply default image tag "{reference}": couldn\'t parse image name')
+    words = f'Failed to apply default image tag "{reference}": ' + "couldn't parse image name"
+    assert str(caught.value).startswith(words)
 
 
 @pytest.mark.parametrize(
