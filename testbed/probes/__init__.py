@@ -1,1 +1,6 @@
-"""TBD"""
+"""Real requests, sent from inside a place's namespaces, and what came back. No judgement."""
+
+from testbed.probes.observation import Observation, Outcome
+from testbed.probes.requests import ask
+
+__all__ = ["Observation", "Outcome", "ask"]

@@ -1,1 +1,1 @@
-"""TBD"""
+"""Running scenarios: steps, retries, judgement, reports."""

@@ -1,0 +1,115 @@
+"""Whether what was observed is what was expected. Pure: observations in, a verdict out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from testbed.model.scenario import RANDOM_MODES, AnsweredBy, ExpectStep, Share, Spread
+from testbed.probes.observation import Observation, Outcome
+from testbed.scenario.statistics import chi_square_p
+
+P_BOUND = 1e-6
+"""Below this an even random choice is not believed: one in a million runs fails by bad luck alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """``wanted`` and ``seen`` are for people; ``counts`` says how often each pod answered."""
+
+    passed: bool
+    wanted: str
+    seen: str
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def judge(
+    step: ExpectStep, observations: Sequence[Observation], *, pods: Sequence[str], mode: str, client: str = ""
+) -> Verdict:  # fmt: skip
+    """Return the verdict on one round of requests.
+
+    Args:
+        pods: the ready pods that ``answeredBy`` selects, as NAMESPACE/NAME.
+        client: the address that ``sees.client`` stands for.
+    """
+    wanted, failed = [], []
+
+    def expect(text: str, holds: bool) -> None:
+        wanted.append(text)
+        if not holds:
+            failed.append(text)
+
+    outcomes = Counter(observation.outcome for observation in observations)
+    if step.refused:
+        expect("refused", set(outcomes) == {Outcome.REFUSED})
+    elif step.timeout:
+        expect("no answer in time", set(outcomes) == {Outcome.TIMED_OUT})
+    else:
+        number = "an answer" if step.times == 1 else f"{step.times} answers"
+        expect(number, set(outcomes) == {Outcome.ANSWERED})
+    answered = [observation for observation in observations if observation.outcome is Outcome.ANSWERED]
+    if step.status is not None:
+        expect(f"status {step.status}", all(o.status == step.status for o in answered))
+    if step.body is not None:
+        expect(f"{step.body!r} in the answer", all(step.body in o.body for o in answered))
+    counts = Counter(observation.answered_by for observation in answered)
+    if step.answered_by is not None:
+        for text, holds in _shares(step.answered_by, counts, pods, mode):
+            expect(text, holds)
+    if step.sees_client is not None:
+        expect(f"client address {client} seen by the server", all(o.seen_client == client for o in answered))
+    return Verdict(
+        passed=not failed,
+        wanted=", ".join(wanted),
+        seen=_describe(observations, counts, step),
+        counts=dict(sorted(counts.items())),
+    )
+
+
+def _shares(answered_by: AnsweredBy, counts: Counter[str], pods: Sequence[str], mode: str) -> list[tuple[str, bool]]:
+    """Return each claim about who answers, and whether it holds."""
+    selected = str(answered_by.pods)
+    strangers = set(counts) - set(pods)
+    listing = f"{selected} ({len(pods)} ready)"
+    claims: list[tuple[str, bool]] = []
+    match answered_by.share:
+        case Share.ANY:
+            claims.append((f"from a pod of {listing}", not strangers))
+        case Share.ONE:
+            claims.append((f"from the one pod of {listing}", not strangers and len(pods) == 1))
+        case Share.EACH:
+            claims.append((f"from each pod of {listing}", not strangers and set(counts) == set(pods) != set()))
+        case Share.SAME:
+            claims.append((f"all from the same pod of {listing}", not strangers and len(counts) == 1))
+    if answered_by.spread is not None:
+        shares = [counts.get(pod, 0) for pod in pods]
+        if answered_by.spread is Spread.EVEN and mode in RANDOM_MODES:
+            p = chi_square_p(shares)
+            claims.append((f"spread evenly at random (chi-square p > {P_BOUND:g})", p > P_BOUND))
+        else:
+            claims.append(("spread exactly evenly", bool(shares) and max(shares) - min(shares) <= 1))
+    return claims
+
+
+def _describe(observations: Sequence[Observation], counts: Counter[str], step: ExpectStep) -> str:
+    """Return what was seen: outcomes, then statuses, pods and clients as far as the step is about them."""
+    parts = []
+    outcomes = Counter(observation.outcome.value for observation in observations)
+    for outcome, number in sorted(outcomes.items()):
+        details = Counter(o.detail for o in observations if o.outcome.value == outcome and o.detail)
+        reason = f" ({details.most_common(1)[0][0]})" if details else ""
+        parts.append(f"{number} {outcome}{reason}" if len(observations) > 1 else f"{outcome}{reason}")
+    answered = [observation for observation in observations if observation.outcome is Outcome.ANSWERED]
+    if step.status is not None and answered:
+        statuses = Counter(o.status for o in answered)
+        parts.append("status " + ", ".join(f"{status} ×{number}" for status, number in sorted(statuses.items())))
+    if step.body is not None and answered:
+        parts.append(f"answer {answered[0].body[:200]!r}")
+    if step.answered_by is not None and answered:
+        named = ", ".join(f"{pod or 'no pod named'} ×{number}" for pod, number in sorted(counts.items()))
+        parts.append(f"from {named}")
+    if step.sees_client is not None and answered:
+        clients = Counter(o.seen_client or "no address" for o in answered)
+        parts.append("client seen as " + ", ".join(sorted(clients)))
+    return "; ".join(parts)

@@ -1,0 +1,28 @@
+"""Which proxy modes this version can run."""
+
+from __future__ import annotations
+
+from testbed.errors import InputError, MissingFeature
+from testbed.model.topology import PROXY_MODES
+
+IMPLEMENTED = ("iptables",)
+
+
+def check_mode(mode: str) -> str:
+    """Return the mode if it can be run.
+
+    Raises:
+        InputError: there is no such mode.
+        MissingFeature: this version does not program it.
+    """
+    if mode not in PROXY_MODES:
+        raise InputError(f"there is no proxy mode {mode!r}; the modes are {', '.join(PROXY_MODES)}")
+    reason = why_not(mode)
+    if reason:
+        raise MissingFeature(reason)
+    return mode
+
+
+def why_not(mode: str) -> str:
+    """Return why a mode cannot be run, '' when it can."""
+    return "" if mode in IMPLEMENTED else f"proxy mode {mode!r} is not built yet: this version programs iptables only"
