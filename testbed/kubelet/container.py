@@ -26,6 +26,7 @@ class Surroundings(Protocol):
     runtime: Runtime
     node: str
     address: IPv4Address
+    label: str  # NAME_NAMESPACE(UID), as events name a pod
 
     def prepare(self, container: Mapping[str, Any], container_id: str) -> Start:
         """Return what to start, read anew at each start; RefusedContainer or InputError when it must not be."""
@@ -60,6 +61,9 @@ class ContainerRunner:
         self._stopping = False
         self._stop_signal = signal.SIGTERM
         self._wake = asyncio.Event()
+        self._deadline_s = 0.0  # of the end that is under way
+        self._hurried = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
 
     # -- the life of a container -----------------------------------------------------------------------------------
 
@@ -73,8 +77,11 @@ class ContainerRunner:
                 return code
             waited_s = next_back_off_s(waited_s, self._pod.clock() - began)
             if waited_s:
-                message = f"back-off {_go_duration(waited_s)} restarting failed container={self.name}"
-                self._pod.say("Warning", "BackOff", f"Back-off restarting failed container {self.name}", self.name)
+                message = (
+                    f"back-off {_go_duration(waited_s)} restarting failed container={self.name} pod={self._pod.label}"
+                )
+                words = f"Back-off restarting failed container {self.name} in pod {self._pod.label}"
+                self._pod.say("Warning", "BackOff", words, self.name)
                 self._show(state=waiting("CrashLoopBackOff", message), last_state=self.view.state)
                 await self._sleep(waited_s)
                 if self._stopping:
@@ -197,7 +204,7 @@ class ContainerRunner:
                 if state.observe(True):
                     return True
             elif self._pod.clock() >= failures_due:
-                failures_due = self._pod.clock() + timing.period_s
+                failures_due += timing.period_s  # not from now on: tries come late, and would ever be later
                 if state.observe(False):
                     await self._kill_unhealthy(container_id, "startup")
                     return False
@@ -225,6 +232,8 @@ class ContainerRunner:
             await asyncio.sleep(state.next_delay_s(hurry=False))
 
     async def _kill_unhealthy(self, container_id: str, kind: str) -> None:
+        if self._stopping:
+            return  # it is on its way out, and nobody will restart it
         message = f"Container {self.name} failed {kind} probe, will be restarted"
         self._pod.say("Normal", "Killing", message, self.name)
         # Not awaited: the probes end with the container, and this runs as one of them.
@@ -238,7 +247,16 @@ class ContainerRunner:
         self._wake.set()
         if self.view.is_running:
             self._pod.say("Normal", "Killing", f"Stopping container {self.name}", self.name)
-            await self._end(self.view.container_id)
+            if self._ending is not None and not self._ending.done():  # by a failed probe: one hook, one signal
+                self.hurry()
+                await self._ending
+            else:
+                await self._end(self.view.container_id)
+
+    def hurry(self) -> None:
+        """Take the grace period anew: it may have become shorter while the container ends."""
+        self._deadline_s = min(self._deadline_s, self._pod.clock() + self._grace_s())
+        self._hurried.set()
 
     async def kill(self) -> None:
         """End the container at once."""
@@ -249,24 +267,51 @@ class ContainerRunner:
 
     async def _end(self, container_id: str) -> None:
         pod = self._pod
-        deadline = pod.clock() + self._grace_s()
+        self._deadline_s = pod.clock() + self._grace_s()
         hook = (self.definition.get("lifecycle") or {}).get("preStop")
         if hook:
-            left = max(0.1, deadline - pod.clock())
-            healthy, words = await probe(
-                pod.runtime, hook, self.definition, container_id, node=pod.node, address=pod.address, timeout_s=left
+            running_hook = asyncio.create_task(
+                probe(
+                    pod.runtime,
+                    hook,
+                    self.definition,
+                    container_id,
+                    node=pod.node,
+                    address=pod.address,
+                    timeout_s=max(0.1, self._grace_s()),
+                )
             )
-            if not healthy:
-                pod.say("Warning", "FailedPreStopHook", f"PreStopHook failed: {words}", self.name)
-        await pod.runtime.signal_container(container_id, self._stop_signal)
-        try:
+            if not await self._within_grace(running_hook):
+                pod.say("Warning", "FailedPreStopHook", "PreStopHook failed: it took the whole grace period", self.name)
+            elif not running_hook.result()[0]:
+                pod.say("Warning", "FailedPreStopHook", f"PreStopHook failed: {running_hook.result()[1]}", self.name)
             # after a preStop hook that took it all, two more seconds (kuberuntime_container.go)
-            async with asyncio.timeout(max(2.0 if hook else 0.0, deadline - pod.clock())):
-                await pod.runtime.wait_container(container_id)
-        except TimeoutError:
-            await pod.runtime.signal_container(container_id, signal.SIGKILL)
-        except KeyError:
-            return  # it ended, and was removed, meanwhile
+            if self._grace_s() > 0:
+                self._deadline_s = max(self._deadline_s, pod.clock() + 2.0)
+        await pod.runtime.signal_container(container_id, self._stop_signal)
+        with contextlib.suppress(KeyError):  # it ended, and was removed, meanwhile
+            ended = asyncio.ensure_future(pod.runtime.wait_container(container_id))
+            if not await self._within_grace(ended):
+                await pod.runtime.signal_container(container_id, signal.SIGKILL)
+            else:
+                ended.result()
+
+    async def _within_grace(self, work: asyncio.Future[Any]) -> bool:
+        """Wait for something until the deadline, which `hurry` may bring nearer; say whether it came in time."""
+        try:
+            while not work.done():
+                left_s = self._deadline_s - self._pod.clock()
+                if left_s <= 0:
+                    return False
+                self._hurried.clear()
+                hurried = asyncio.ensure_future(self._hurried.wait())
+                done, _ = await asyncio.wait((work, hurried), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                hurried.cancel()
+                if not done:
+                    return False
+            return True
+        finally:
+            work.cancel()
 
     # -- small things ----------------------------------------------------------------------------------------------
 

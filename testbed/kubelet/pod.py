@@ -36,6 +36,7 @@ class PodWorker:
         self.node = kubelet.node_name
         self.address = kubelet.node_address
         self.uid: str = pod["metadata"]["uid"]
+        self.label = f"{name_of(pod)}_{namespace_of(pod)}({self.uid})"
         self._start_time = kubelet.now()
         self._deleted = asyncio.Event()
         self._status_due = False
@@ -69,12 +70,18 @@ class PodWorker:
         """Take a newer state of the object."""
         self.pod = pod
         if is_terminating(pod):
-            self._deleted.set()
+            self._delete()
+
+    def _delete(self) -> None:
+        if self._deleted.is_set():  # once more, perhaps with a shorter grace period
+            for runner in self._tasks:
+                runner.hurry()
+        self._deleted.set()
 
     def remove(self) -> None:
         """The object is gone: nobody waits for a graceful end."""
         self.pod = {**self.pod, "metadata": {**self.pod["metadata"], "deletionGracePeriodSeconds": 0}}
-        self._deleted.set()
+        self._delete()
 
     def reference_changed(self, resource: str, name: str) -> None:
         """A ConfigMap or Secret of the namespace changed: its mounted files follow."""
@@ -123,7 +130,8 @@ class PodWorker:
                     name=runner.name, image=runner.view.image, state=waiting("ContainerCreating")
                 )
             self._start(runner)
-        await asyncio.gather(*(self._tasks[runner] for runner in self._main))
+        # Not gather: when the pod is deleted this is cancelled, and the containers must live on until they have drained.
+        await asyncio.wait([self._tasks[runner] for runner in self._main])
         # Every container has ended for good; sidecars end now, and the namespaces are of no more use.
         await self._stop_containers()
         self._write_status()
@@ -136,7 +144,8 @@ class PodWorker:
             await asyncio.wait([started, task], return_when=asyncio.FIRST_COMPLETED)
             started.cancel()
             return True
-        return await task == 0
+        await asyncio.wait([task])  # which, unlike awaiting the task, does not cancel it when this is cancelled
+        return task.result() == 0
 
     def _start(self, runner: ContainerRunner) -> asyncio.Task[int]:
         task = asyncio.create_task(runner.run(), name=f"{name_of(self.pod)}/{runner.name}")
@@ -209,7 +218,12 @@ class PodWorker:
     def _service_variables(self) -> Mapping[str, str]:
         if self.pod["spec"].get("enableServiceLinks") is False:
             return {}
-        return service_variables(self.kubelet.registry.list("services"), namespace_of(self.pod))
+        namespace = namespace_of(self.pod)
+        services = self.kubelet.registry.list("services", namespace)
+        master = self.kubelet.registry.store.get("services", "default", "kubernetes")
+        if master is not None and namespace != "default":
+            services = [*services, master]
+        return service_variables(services, namespace)
 
     # -- the end of a pod ------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address
 from typing import Any
 
+from testbed.errors import KernelError
 from testbed.kubelet.probes import http_verdict
 from testbed.kubelet.runtime import Runtime
 
@@ -27,17 +28,15 @@ async def probe(
         if "httpGet" in definition:
             return await _http(runtime, definition["httpGet"], container, node, address, timeout_s)
         if "tcpSocket" in definition:
-            target = definition["tcpSocket"]
-            port = port_number(target["port"], container)
-            host = IPv4Address(target["host"]) if target.get("host") else address
-            (await runtime.connect(node, host, port, timeout_s=timeout_s)).close()
-            return True, ""
+            return await _tcp(runtime, definition["tcpSocket"], container, node, address, timeout_s)
         if "sleep" in definition:
-            await asyncio.sleep(float(definition["sleep"].get("seconds") or 0))
+            async with asyncio.timeout(timeout_s):
+                await asyncio.sleep(float(definition["sleep"].get("seconds") or 0))
             return True, ""
     except TimeoutError:
         return False, f"command timed out after {timeout_s:g}s"
-    except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+    # KernelError: the runtime does not exec in a container that has ended a moment ago.
+    except (OSError, ValueError, KernelError, asyncio.IncompleteReadError) as error:
         return False, str(error) or type(error).__name__
     return True, ""  # a kind that is not supported says so in an event once, and holds nothing back
 
@@ -50,6 +49,21 @@ def port_number(port: int | str, container: Mapping[str, Any]) -> int:
         if known.get("name") == port:
             return int(known["containerPort"])
     raise ValueError(f'couldn\'t find port: "{port}"')
+
+
+async def _tcp(
+    runtime: Runtime, action: Mapping[str, Any], container: Mapping[str, Any], node: str, address: IPv4Address,
+    timeout_s: float,
+) -> Verdict:  # fmt: skip
+    port = port_number(action["port"], container)
+    host = IPv4Address(action["host"]) if action.get("host") else address
+    try:
+        (await runtime.connect(node, host, port, timeout_s=timeout_s)).close()
+    except TimeoutError:
+        return False, f"dial tcp {host}:{port}: i/o timeout"
+    except ConnectionRefusedError:
+        return False, f"dial tcp {host}:{port}: connect: connection refused"
+    return True, ""
 
 
 async def _exec(runtime: Runtime, action: Mapping[str, Any], container_id: str, timeout_s: float) -> Verdict:

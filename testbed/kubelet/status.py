@@ -132,7 +132,13 @@ def _conditions(
     pod: Object, phase: str, init: Sequence[ContainerView], main: Sequence[ContainerView], has_sandbox: bool, now: str
 ) -> list[dict[str, Any]]:  # fmt: skip
     completed = phase in ("Succeeded", "Failed")
-    initialized = all(_is_done(view) for view in init) or phase == "Succeeded"
+    sidecars = {
+        container["name"]
+        for container in pod["spec"].get("initContainers") or ()
+        if container.get("restartPolicy") == "Always"
+    }
+    uninitialized = [view.name for view in init if not _is_done(view, is_sidecar=view.name in sidecars)]
+    initialized = not uninitialized or phase == "Succeeded"
     unready = [view.name for view in main if not view.is_ready]
     if completed:
         ready, reason = False, "PodCompleted" if phase == "Succeeded" else "PodFailed"
@@ -141,7 +147,6 @@ def _conditions(
         ready = not unready and initialized
         reason = "" if ready else "ContainersNotReady"
         message = "" if ready else f"containers with unready status: [{' '.join(unready)}]"
-    uninitialized = [view.name for view in init if not _is_done(view)]
     wanted = [
         ("PodReadyToStartContainers", has_sandbox, "", ""),
         (
@@ -161,10 +166,10 @@ def _conditions(
     return conditions + list(known.values())
 
 
-def _is_done(view: ContainerView) -> bool:
+def _is_done(view: ContainerView, *, is_sidecar: bool) -> bool:
     """Say whether an init container no longer holds the pod back: it succeeded, or it is a sidecar that has started."""
     end = view.terminated
-    return bool(end and end["exitCode"] == 0) or (view.is_running and view.has_started)
+    return bool(end and end["exitCode"] == 0) or (is_sidecar and view.is_running and view.has_started)
 
 
 def _condition(

@@ -58,7 +58,7 @@ def resolv_conf(pod: Object, cluster: ClusterConfig, node_resolv_conf: str) -> s
     servers, searches, options = _parse(node_resolv_conf) if policy != "None" else ([], [], {})
     if policy in ("ClusterFirst", "ClusterFirstWithHostNet"):
         own = [f"{namespace_of(pod)}.svc.{cluster.domain}", f"svc.{cluster.domain}", cluster.domain]
-        servers, searches, options = [str(cluster.dns)], own + searches, {**options, "ndots": "5"}
+        servers, searches, options = [str(cluster.dns)], own + searches, {"ndots": "5"}
     config: Mapping[str, Any] = spec.get("dnsConfig") or {}
     servers = list(dict.fromkeys([*servers, *(config.get("nameservers") or [])]))
     searches = list(dict.fromkeys([*searches, *(config.get("searches") or [])]))

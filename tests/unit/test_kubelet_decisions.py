@@ -24,7 +24,6 @@ from testbed.model.topology import NodeSpec, Taint
 from testbed.programs.catalogue import Catalogue
 
 CLUSTER = ClusterConfig()
-KEEPS_OPTIONS = pytest.mark.xfail(reason="the node's options are kept; upstream's ClusterFirst replaces them")
 NODE_RESOLV = "nameserver 192.0.2.53\nsearch example.com\noptions timeout:1\n"
 
 
@@ -269,12 +268,12 @@ DNS = f"nameserver {CLUSTER.dns}\n"
 @pytest.mark.parametrize(
     ("spec", "wanted"),
     [
-        pytest.param({}, f"{DNS}search {CLUSTER_SEARCH} example.com\noptions ndots:5\n", marks=KEEPS_OPTIONS, id="ClusterFirst"),
+        pytest.param({}, f"{DNS}search {CLUSTER_SEARCH} example.com\noptions ndots:5\n", id="ClusterFirst"),
         pytest.param({"hostNetwork": True}, NODE_RESOLV, id="ClusterFirst on the host network is Default"),
         pytest.param(
             {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"},
             f"{DNS}search {CLUSTER_SEARCH} example.com\noptions ndots:5\n",
-            marks=KEEPS_OPTIONS, id="ClusterFirstWithHostNet",
+            id="ClusterFirstWithHostNet",
         ),
         pytest.param({"dnsPolicy": "Default"}, NODE_RESOLV, id="Default"),
         pytest.param(
@@ -291,7 +290,7 @@ DNS = f"nameserver {CLUSTER.dns}\n"
                 }
             },
             f"{DNS}nameserver 1.2.3.4\nnameserver 1.2.3.5\nsearch {CLUSTER_SEARCH} example.com x.y\noptions ndots:2 rotate\n",
-            marks=KEEPS_OPTIONS, id="dnsConfig is merged, without duplicates, three servers at most",
+            id="dnsConfig is merged, without duplicates, three servers at most",
         ),
     ],
 )  # fmt: skip
@@ -579,7 +578,6 @@ def test_transition_times_stay_while_nothing_changes() -> None:
     assert shown["qosClass"] == "Burstable"
 
 
-@pytest.mark.xfail(reason="every running init container counts as done, not sidecars only")
 def test_a_running_init_container_is_not_done() -> None:
     """Initialized becomes true when the init containers have ended well, not when they run."""
     shown = status("Always", [view(waiting("PodInitializing"))], [view(running(NOW))])
