@@ -35,22 +35,18 @@ def holds(obj: Object, condition: Condition) -> bool:
     status = obj.get("status") or {}
     match condition:
         case Condition.READY:
-            return _is_rolled_out(obj) if "kind" in obj and obj["kind"] in _WORKLOADS else is_ready_object(obj)
+            return _is_rolled_out(obj) if obj.get("kind") in _WORKLOADS else is_ready(obj)
         case Condition.AVAILABLE:
             return _is_rolled_out(obj)
         case Condition.RUNNING:
-            return status.get("phase") == "Running" and not is_terminating(obj)
+            return bool(status.get("phase") == "Running") and not is_terminating(obj)
         case Condition.SUCCEEDED:
-            return status.get("phase") == "Succeeded" or condition_of(obj, "Complete") == "True"
+            return bool(status.get("phase") == "Succeeded") or condition_of(obj, "Complete") == "True"
         case _:
             raise AssertionError(condition)
 
 
 _WORKLOADS = ("Deployment", "ReplicaSet", "DaemonSet")
-
-
-def is_ready_object(obj: Object) -> bool:
-    return condition_of(obj, "Ready") == "True" and not is_terminating(obj)
 
 
 def _is_rolled_out(obj: Object) -> bool:
@@ -86,7 +82,8 @@ def describe(obj: Object) -> str:
         return f"{name_of(obj)} {status.get('numberAvailable', 0)}/{status.get('desiredNumberScheduled', 0)} available"
     if kind in _WORKLOADS:
         wanted = obj["spec"].get("replicas", 1)
-        return f"{name_of(obj)} {status.get('availableReplicas', 0)}/{wanted} available, {status.get('updatedReplicas', 0)} updated"
+        available, updated = status.get("availableReplicas", 0), status.get("updatedReplicas", 0)
+        return f"{name_of(obj)} {available}/{wanted} available, {updated} updated"
     return name_of(obj)
 
 
