@@ -88,7 +88,13 @@ class ApiError(TestbedError):
     """The API refused a request. Becomes a Kubernetes Status object at the HTTP face."""
 
     def __init__(
-        self, code: int, reason: str, message: str, *, causes: Sequence[Cause] = (), details: Mapping[str, Any] | None = None
+        self,
+        code: int,
+        reason: str,
+        message: str,
+        *,
+        causes: Sequence[Cause] = (),
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         self.code = code
         self.reason = reason

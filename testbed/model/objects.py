@@ -51,7 +51,10 @@ class Resource:
         return f"{self.kind}.{self.group}" if self.group else self.kind
 
 
-def _core(plural: str, kind: str, *short: str, subresources: tuple[str, ...] = (), namespaced: bool = True, all_: bool = False) -> Resource:
+def _core(
+    plural: str, kind: str, *short: str,
+    subresources: tuple[str, ...] = (), namespaced: bool = True, all_: bool = False,
+) -> Resource:  # fmt: skip
     return Resource(
         group="", version="v1", plural=plural, kind=kind, namespaced=namespaced, short_names=short,
         subresources=subresources, categories=("all",) if all_ else (),
@@ -92,7 +95,10 @@ RESOURCES: tuple[Resource, ...] = (
     Resource(
         group="batch", version="v1", plural="jobs", kind="Job", categories=("all",), subresources=("status",),
     ),
-    Resource(group="networking.k8s.io", version="v1", plural="ingresses", kind="Ingress", short_names=("ing",), subresources=("status",)),
+    Resource(
+        group="networking.k8s.io", version="v1", plural="ingresses", kind="Ingress", short_names=("ing",),
+        subresources=("status",),
+    ),
     Resource(group="networking.k8s.io", version="v1", plural="ingressclasses", kind="IngressClass", namespaced=False),
     Resource(group="coordination.k8s.io", version="v1", plural="leases", kind="Lease"),
     _rbac("roles", "Role", True),

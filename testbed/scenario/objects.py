@@ -56,12 +56,14 @@ def _is_rolled_out(obj: Object) -> bool:
         return False
     if obj.get("kind") == "DaemonSet":
         wanted = status.get("desiredNumberScheduled", 0)
-        return bool(wanted) and status.get("updatedNumberScheduled") == wanted == status.get("numberAvailable")
+        current = (status.get("updatedNumberScheduled"), status.get("numberAvailable"))
+        return bool(wanted) and current == (wanted, wanted)
     wanted = obj["spec"].get("replicas", 1)
     if obj.get("kind") == "ReplicaSet":
-        return status.get("availableReplicas", 0) == wanted == status.get("replicas", 0)
-    updated, total = status.get("updatedReplicas", 0), status.get("replicas", 0)
-    return updated == wanted == total == status.get("availableReplicas", 0)
+        counts = {status.get("availableReplicas", 0), status.get("replicas", 0)}
+    else:
+        counts = {status.get(name, 0) for name in ("updatedReplicas", "replicas", "availableReplicas")}
+    return counts == {wanted}
 
 
 def describe(obj: Object) -> str:
