@@ -143,6 +143,7 @@ def whole_pods(folder: str) -> float:
     theirs.close()
 
     async def measure() -> float:
+        from testbed.kubelet.logs import ContainerLog
         from testbed.kubelet.runtime import ContainerSpec, SandboxSpec
         from testbed.lab.runtime import SpawnerRuntime
 
@@ -160,7 +161,8 @@ def whole_pods(folder: str) -> float:
             await runtime.start_container(
                 ContainerSpec(
                     container_id=f"c{number}", pod_uid=f"u{number}", name="echo", builtin="echo", builtin_args=arguments
-                )
+                ),
+                ContainerLog(time.time_ns),
             )
         return (time.perf_counter() - started) * 1000 / HOSTS
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from testbed.controllers import ensure_system_namespaces
 from testbed.errors import KernelError, NotPresent
 from testbed.kubelet.agent import Kubelet
-from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, SandboxSpec
+from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Output, SandboxSpec
 from testbed.model.cluster import ClusterConfig
 from testbed.model.objects import Object
 from testbed.model.topology import NodeSpec
@@ -90,14 +90,35 @@ class Behaviour:
         self.exec_status = exec_status
 
 
+class FakeInput:
+    """Keeps what was written to a program, and the size of its terminal."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = False
+        self.size = (0, 0)
+
+    async def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def resize(self, columns: int, rows: int) -> None:
+        self.size = (columns, rows)
+
+
 class _Running:
-    def __init__(self, spec: ContainerSpec, behaviour: Behaviour) -> None:
+    def __init__(self, spec: ContainerSpec, behaviour: Behaviour, output: Output) -> None:
         self.spec = spec
+        self.output = output
+        self.input = FakeInput()
         self.behaviour = behaviour
         self.end: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
 
     def finish(self, code: int, signal: int = 0) -> None:
         if not self.end.done():
+            self.output.close()
             self.end.set_result(ExitStatus(code, signal))
 
 
@@ -158,7 +179,7 @@ class FakeRuntime:
             raise NotPresent(f"pod {pod_uid} has no sandbox")
         self.volumes[pod_uid, volume] = files
 
-    async def start_container(self, spec: ContainerSpec) -> None:
+    async def start_container(self, spec: ContainerSpec, output: Output) -> FakeInput:
         sandbox = self.sandboxes.get(spec.pod_uid)
         if sandbox is None:
             raise NotPresent(f"pod {spec.pod_uid} has no sandbox")
@@ -168,7 +189,7 @@ class FakeRuntime:
                 raise KernelError(f"{sandbox.pod_name}: no volume {mount.volume!r} to mount at {mount.path}")
         self._note("start", spec.name)
         behaviour = self.behaviours.setdefault(spec.name, Behaviour())
-        container = self.containers[spec.container_id] = _Running(spec, behaviour)
+        container = self.containers[spec.container_id] = _Running(spec, behaviour, output)
         if behaviour.fails_to_start:
             container.finish(128)  # as the real one, which keeps what is left until it is removed
             raise KernelError(f"{sandbox.pod_name}: {behaviour.fails_to_start}")
@@ -176,6 +197,7 @@ class FakeRuntime:
         if behaviour.exits:
             after_s, code = behaviour.exits.pop(0)
             asyncio.get_running_loop().call_later(after_s, container.finish, code)
+        return container.input
 
     async def wait_container(self, container_id: str) -> ExitStatus:
         return await asyncio.shield(self.containers[container_id].end)

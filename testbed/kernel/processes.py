@@ -6,11 +6,14 @@ process that shares its file system state with another thread. `call_in` and `ru
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import select
 import signal
+import socket
 import sys
+import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -145,6 +148,54 @@ def exec_child(target: Target, argv: Sequence[str], fds: tuple[int, int, int] = 
         reset_signals()
         become(target)
         return execute(argv, target.env)
+
+    return child
+
+
+def open_terminal(console: int, *, uid: int) -> int:
+    """Make a new terminal of this process's /dev/pts the controlling one, and return its descriptor.
+
+    The other side of it is sent over ``console``, a Unix socket: it must be made in here, so that `tty` finds its name.
+    The caller must lead a session.
+    """
+    ours, theirs = os.openpty()
+    os.fchown(theirs, uid, -1)
+    with socket.socket(fileno=os.dup(console)) as connection:
+        socket.send_fds(connection, [b"t"], [ours])
+    os.close(ours)
+    fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+    return theirs
+
+
+def session_child(
+    target: Target, argv: Sequence[str], fds: tuple[int, int, int], *, tty: bool, report: int
+) -> Callable[[], int]:  # fmt: skip
+    """Return what a child of `fork_in` does to run a program that somebody talks to.
+
+    Args:
+        fds: its standard descriptors; with ``tty``, the first is where the terminal is sent (`open_terminal`).
+        report: a pipe that closes when the program runs, or says why it does not.
+    """
+
+    def child() -> int:
+        os.setsid()
+        chosen = (open_terminal(fds[0], uid=target.uid),) * 3 if tty else fds
+        for number, fd in enumerate(chosen):
+            os.dup2(fd, number)
+            if not tty and target.uid:
+                os.fchown(number, target.uid, -1)  # so that it can open /dev/stdout once more (as runc does)
+        linux.close_descriptors_except(report)
+        reset_signals()
+        become(target)
+        try:
+            os.execvpe(argv[0], list(argv), dict(target.env))
+        except FileNotFoundError:
+            where = "$PATH" if "/" not in argv[0] else ""
+            what = "executable file not found in $PATH" if where else f"stat {argv[0]}: no such file or directory"
+            os.write(report, f'exec: "{argv[0]}": {what}'.encode())
+        except OSError as error:
+            os.write(report, f'exec: "{argv[0]}": {str(error.strerror).lower()}'.encode())
+        return 126
 
     return child
 

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from testbed.errors import ApiError
+from testbed.kubelet.container import ContainerRunner
 from testbed.kubelet.node import Machine, PodAddresses, node_object
 from testbed.kubelet.pod import PodWorker
 from testbed.kubelet.runtime import Runtime
@@ -48,7 +50,8 @@ class Kubelet:
 
     def __init__(
         self, spec: NodeSpec, registry: Registry, runtime: Runtime, catalogue: Catalogue, *, cluster: ClusterConfig,
-        clock: Callable[[], float], now: Callable[[], str], node_resolv_conf: str = "",
+        clock: Callable[[], float], now: Callable[[], str], clock_ns: Callable[[], int] = time.time_ns,
+        node_resolv_conf: str = "",
     ) -> None:  # fmt: skip
         self.spec = spec
         self.node_name = spec.name
@@ -59,6 +62,7 @@ class Kubelet:
         self.cluster = cluster
         self.clock = clock
         self.now = now
+        self.clock_ns = clock_ns
         self.node_resolv_conf = node_resolv_conf
         self.addresses = PodAddresses(spec.pod_cidr)
         self.references = References()
@@ -97,6 +101,11 @@ class Kubelet:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("%s failed", task.get_name(), exc_info=task.exception())
+
+    def runner(self, pod_uid: str, container: str) -> ContainerRunner | None:
+        """Return what runs a container of one of the node's pods."""
+        worker = self._workers.get(pod_uid)
+        return worker.runner(container) if worker is not None else None
 
     # -- pods ------------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,13 @@ from ipaddress import IPv4Address
 from typing import Any, Protocol
 
 from testbed.errors import InputError, KernelError
+from testbed.kubelet.logs import ContainerLog
 from testbed.kubelet.prober import probe
 from testbed.kubelet.probes import ProbeState, timing_of
 from testbed.kubelet.restarts import next_back_off_s, should_restart
-from testbed.kubelet.runtime import ContainerSpec, ExitStatus, Runtime
+from testbed.kubelet.runtime import ContainerSpec, ExitStatus, Input, Runtime
 from testbed.kubelet.specs import RefusedContainer, Start
-from testbed.kubelet.status import ContainerView, running, terminated, waiting
+from testbed.kubelet.status import ContainerView, container_status, running, terminated, waiting
 
 
 class Surroundings(Protocol):
@@ -40,6 +41,8 @@ class Surroundings(Protocol):
     def changed(self) -> None:
         """Have the pod's status written soon."""
 
+    def new_log(self) -> ContainerLog: ...
+
     def now(self) -> str: ...
 
     def clock(self) -> float: ...
@@ -55,6 +58,8 @@ class ContainerRunner:
         self.name: str = definition["name"]
         self.started = asyncio.Event()  # running, and past its startup probe
         self.view = ContainerView(name=self.name, image=definition["image"])
+        self.logs: dict[str, ContainerLog] = {}  # by container ID: of the last two starts
+        self.input: Input | None = None
         self._pod = pod
         self._policy = restart_policy
         self._grace_s = grace_s
@@ -99,7 +104,8 @@ class ContainerRunner:
         pod = self._pod
         started_at = pod.now()
         try:
-            await pod.runtime.start_container(spec)
+            self.logs = {**dict(list(self.logs.items())[-1:]), container_id: pod.new_log()}
+            self.input = await pod.runtime.start_container(spec, self.logs[container_id])
         except (KernelError, InputError) as error:
             pod.say("Warning", "Failed", f"Error: {error}", self.name)
             await self._remove(container_id)
@@ -312,6 +318,11 @@ class ContainerRunner:
             return True
         finally:
             work.cancel()
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the pod's status says of this container."""
+        return container_status(self.view)
 
     # -- small things ----------------------------------------------------------------------------------------------
 

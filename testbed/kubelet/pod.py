@@ -12,6 +12,7 @@ from testbed.controllers.events import record_event
 from testbed.errors import ApiError, KernelError, TestbedError
 from testbed.kubelet.container import ContainerRunner
 from testbed.kubelet.environment import MissingReference, service_variables
+from testbed.kubelet.logs import ContainerLog
 from testbed.kubelet.runtime import Volume
 from testbed.kubelet.specs import Start, container_start, not_honoured, sandbox_spec
 from testbed.kubelet.status import ContainerView, pod_status, waiting
@@ -63,6 +64,9 @@ class PodWorker:
         if "deletionGracePeriodSeconds" in metadata:
             return float(metadata["deletionGracePeriodSeconds"])
         return float(self.pod["spec"].get("terminationGracePeriodSeconds", 30))
+
+    def runner(self, container: str) -> ContainerRunner | None:
+        return next((one for one in (*self._init, *self._main) if one.name == container), None)
 
     # -- what the outside tells ------------------------------------------------------------------------------------
 
@@ -271,6 +275,9 @@ class PodWorker:
         record_event(
             self.kubelet.registry, self.pod, kind, reason, message, "kubelet", host=self.node, field_path=field_path
         )
+
+    def new_log(self) -> ContainerLog:
+        return ContainerLog(self.kubelet.clock_ns)
 
     def now(self) -> str:
         return self.kubelet.now()

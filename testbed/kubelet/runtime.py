@@ -72,6 +72,8 @@ class ContainerSpec:
     privileged: bool = False
     files: Mapping[str, str] = field(default_factory=dict)  # absolute path -> text, written into the fresh overlay
     mounts: tuple[Mount, ...] = ()
+    stdin: bool = False  # somebody may write to it; else it reads the end of the file
+    tty: bool = False  # its standard streams are one terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,41 @@ class ExecResult:
     output: str  # stdout and stderr, at most 10 KiB of the beginning
 
 
+class Output(Protocol):
+    """Takes what a container writes."""
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Take what has arrived on stream 1 (standard output, or the terminal) or 2 (standard error)."""
+
+    def close(self) -> None:
+        """Nothing will follow."""
+
+
+class Input(Protocol):
+    """The way into a running program. Nothing here fails because the program has ended, or reads nothing."""
+
+    async def write(self, data: bytes) -> None:
+        """Return when the program's side has taken the data (or is gone)."""
+
+    def close(self) -> None:
+        """Let the program read the end of its standard input."""
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Set the size of the terminal, if it is one."""
+
+
+class Session(Input, Protocol):
+    """A program with somebody at its other end."""
+
+    async def read(self) -> tuple[int, bytes] | None:
+        """Return the next (stream, data); None when there will be no more. Waits for nobody who does not call it."""
+
+    async def wait(self) -> ExitStatus: ...
+
+    def leave(self) -> None:
+        """Close our side. The program is not killed: it may go on without us, as on a cluster."""
+
+
 class Runtime(Protocol):
     """Makes and removes sandboxes and containers. Every failure is a KernelError that names the pod."""
 
@@ -101,19 +138,28 @@ class Runtime(Protocol):
     async def update_volume(self, pod_uid: str, volume: str, files: Mapping[str, str]) -> None:
         """Replace the files of a volume in place, so that running containers see them."""
 
-    async def start_container(self, spec: ContainerSpec) -> None:
-        """Return when the program has been exec'd. KernelError when it cannot be (file not found, no permission)."""
+    async def start_container(self, spec: ContainerSpec, output: Output) -> Input:
+        """Return when the program has been exec'd. KernelError when it cannot be (file not found, no permission).
+
+        What it writes goes to ``output``, which is closed when it has ended and all is read.
+        """
 
     async def wait_container(self, container_id: str) -> ExitStatus:
-        """Return when the container's first process has ended (and with it all others)."""
+        """Return when the container's first process has ended (and with it all others) and its output is read."""
 
     async def signal_container(self, container_id: str, signal: int) -> None:
         """Send a signal to the first process; succeeds when it has ended already."""
 
     async def remove_container(self, container_id: str) -> None:
-        """Drop its file system and what is known of it. Its log stays with the sandbox."""
+        """Drop its file system and what is known of it."""
 
     async def exec(self, container_id: str, argv: Sequence[str], *, timeout_s: float) -> ExecResult: ...
+
+    async def open_exec(self, container_id: str, argv: Sequence[str], *, stdin: bool, tty: bool) -> Session:
+        """Run a program in a container with its streams in our hands. KernelError when it cannot be started."""
+
+    async def connect_pod(self, pod_uid: str, port: int, *, timeout_s: float) -> socket.socket:
+        """Return a non-blocking TCP socket, connected to a port of the pod's own loopback. Raises OSError."""
 
     async def connect(self, node: str, address: IPv4Address, port: int, *, timeout_s: float) -> socket.socket:
         """Return a connected, non-blocking TCP socket that belongs to the node's network namespace (for probes).

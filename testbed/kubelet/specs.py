@@ -106,6 +106,8 @@ def container_start(
         privileged=bool(security.get("privileged")),
         files=image.files(identity),
         mounts=mounts_of(container),
+        stdin=bool(container.get("stdin")),
+        tty=bool(container.get("tty")),
     )
     return Start(spec=spec, stop_signal=signal.Signals[image.stop_signal], is_stand_in=stands_in(image, program))
 

@@ -14,51 +14,54 @@ from typing import NoReturn
 
 from testbed.errors import TestbedError
 from testbed.kernel import linux
-from testbed.kernel.processes import Target, become, reset_signals
+from testbed.kernel.processes import Target, become, open_terminal, reset_signals
 from testbed.kernel.rootfs import Bind, enter_root, write_upper
 from testbed.kubelet.runtime import ContainerSpec, SandboxSpec
 
-_LOG_MODE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _OPEN_FILES = (4096, 1 << 20)  # soft and, at most, hard limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerStart:
-    """All that the first process must know. ``folder`` holds upper/ and work/ of its overlay; ``log`` gets its output."""
+    """All that the first process must know. ``folder`` holds upper/ and work/ of its overlay."""
 
     sandbox: SandboxSpec
     spec: ContainerSpec
     folder: str
-    log: str
     binds: tuple[Bind, ...]
     keep: tuple[str, ...]  # folders that must stay visible (rootfs.enter_root)
 
 
-def fork_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> int:
+def fork_container(
+    start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int, stdin: int, stdout: int, stderr: int
+) -> int:  # fmt: skip
     """Fork and return the pid.
 
     Args:
         node_pidfd, place_pidfd: processes that hold the node's namespaces, and the pod's (the node's for hostNetwork).
         report: a pipe that closes when the program runs, or says why it does not.
+        stdin, stdout, stderr: its standard streams; with a tty, stdin is where the terminal is sent (`open_terminal`).
     """
     own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
         linux.unshare(linux.CLONE_NEWPID)  # of children only
         pid = os.fork()
         if pid == 0:
-            _be_container(start, node_pidfd, place_pidfd, report)
+            _be_container(start, node_pidfd, place_pidfd, report, (stdin, stdout, stderr))
         return pid
     finally:
         linux.setns(own_pid_namespace, linux.CLONE_NEWPID)
         os.close(own_pid_namespace)
 
 
-def _be_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> NoReturn:
+def _be_container(
+    start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int, streams: tuple[int, int, int]
+) -> NoReturn:
     status = 128
     spec = start.spec
     try:
-        _enter_container(start, node_pidfd, place_pidfd, report)
+        _enter_container(start, node_pidfd, place_pidfd, report, streams)
         if spec.builtin:
             os.close(report)
             status = _run_builtin(spec)
@@ -85,25 +88,35 @@ def _run_builtin(spec: ContainerSpec) -> int:
     return run_builtin(spec.builtin, spec.builtin_args)
 
 
-def _enter_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> None:
+def _enter_container(
+    start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int, streams: tuple[int, int, int]
+) -> None:
     sandbox, spec = start.sandbox, start.spec
     os.setsid()
     signal.set_wakeup_fd(-1)
     reset_signals()
-    log_fd = os.open(start.log, _LOG_MODE, 0o600)
-    null = os.open("/dev/null", os.O_RDONLY)
-    for source, number in ((null, 0), (log_fd, 1), (log_fd, 2)):
-        os.dup2(source, number)
+    console = os.dup(streams[0]) if spec.tty else -1
+    for number, fd in enumerate(streams):
+        os.dup2(fd, number)
     # The node's mounts first, so that a hostPath is a path of the node; then the sandbox's network and name.
     linux.setns(node_pidfd, linux.CLONE_NEWNS)
     linux.setns(place_pidfd, linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
-    linux.close_descriptors_except(report)
+    linux.close_descriptors_except(report, console)
     linux.unshare(linux.CLONE_NEWNS)
     write_upper(f"{start.folder}/upper", {f"/etc/{name}": text for name, text in sandbox.etc_files.items()})
     write_upper(f"{start.folder}/upper", spec.files)
     enter_root(start.folder, binds=start.binds, keep=start.keep)
     soft, most = _OPEN_FILES
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    if spec.tty:  # only now: the terminal is one of the container's own /dev/pts
+        terminal = open_terminal(console, uid=spec.uid)
+        for number in range(3):
+            os.dup2(terminal, number)
+        os.close(terminal)
+        os.close(console)
+    elif spec.uid:
+        for number in range(1, 3):
+            os.fchown(number, spec.uid, -1)  # so that it can open /dev/stdout once more (as runc does)
     become(identity_of(f"{sandbox.namespace}/{sandbox.pod_name}", spec, -1))
     os.environ.clear()
     os.environ.update(environment_of(sandbox, spec))
@@ -126,4 +139,5 @@ def identity_of(name: str, spec: ContainerSpec, pidfd: int, env: Mapping[str, st
 
 
 def environment_of(sandbox: SandboxSpec, spec: ContainerSpec) -> dict[str, str]:
-    return {"PATH": _DEFAULT_PATH, "HOSTNAME": sandbox.hostname, "HOME": "/root", **spec.env}
+    terminal = {"TERM": "xterm"} if spec.tty else {}
+    return {"PATH": _DEFAULT_PATH, "HOSTNAME": sandbox.hostname, "HOME": "/root", **terminal, **spec.env}

@@ -15,10 +15,12 @@ import yaml
 from aiohttp import web
 
 from testbed.api.server import make_app
+from testbed.api.streams import add_stream_routes
 from testbed.controllers import ControllerDriver, default_controllers, ensure_system_namespaces
 from testbed.errors import LabError
 from testbed.kubelet.agent import Kubelet
 from testbed.lab.bootstrap import proxy_configuration, system_objects
+from testbed.lab.nodes import LabNodes
 from testbed.lab.request import LabRequest, report
 from testbed.lab.runtime import SpawnerRuntime
 from testbed.model.objects import Object
@@ -57,7 +59,10 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     driver.start()
     ensure_system_namespaces(registry)
 
-    runner = web.AppRunner(make_app(registry, ready=lambda: True))
+    nodes = LabNodes()
+    app = make_app(registry, ready=lambda: True)
+    add_stream_routes(app, registry, nodes)
+    runner = web.AppRunner(app)
     await runner.setup()
     api_folder = f"{request.folder}/api"
     await web.UnixSite(runner, f"{api_folder}/api.sock").start()
@@ -68,6 +73,7 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
         Kubelet(node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now)
         for node in request.topology.nodes
     ]
+    nodes.add(kubelets)
     tasks = [asyncio.create_task(kubelet.run(), name=f"kubelet {kubelet.node_name}") for kubelet in kubelets]
     config = yaml.safe_dump(proxy_configuration(request.topology, request.proxy_mode), sort_keys=False)
     for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder):

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from testbed.errors import LabError
@@ -35,9 +36,13 @@ class Forker:
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def fork(self, start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> tuple[int, int]:
-        """Return pid and pidfd of a new container's first process; OSError says why there is none."""
-        send_frame(self._connection, start, (node_pidfd, place_pidfd, report))
+    def fork(self, start: ContainerStart, fds: Sequence[int]) -> tuple[int, int]:
+        """Fork as `fork_container` does, given its descriptors in order; return pid and pidfd.
+
+        Raises:
+            OSError: why there is none.
+        """
+        send_frame(self._connection, start, fds)
         while not self._forked:
             self.wait()
         (answer, _), fds = self._forked.pop(0)

@@ -5,7 +5,7 @@ pair, and from command lines outside the lab (where is what, links, Mininet's CL
 Every child is known by its pidfd, so that nobody's exit status is ever taken by somebody else's wait.
 
 A request is ``(number, operation, keyword arguments)``; its answer ``(number, value)`` or ``(number, exception)``. Ends of
-containers are sent to the control process unasked, as ``(None, ("ended", container id, ExitStatus))``.
+containers and of execs are sent to the control process unasked, as ``(None, ("ended", its id, ExitStatus))``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from testbed.errors import InputError, KernelError, NotPresent, TestbedError
-from testbed.kernel.processes import Target, exec_child, exit_code, fork_in, reset_signals
+from testbed.kernel.processes import Target, exec_child, exit_code, fork_in, reset_signals, session_child
 from testbed.kernel.rootfs import Bind
 from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
 from testbed.lab.container import ContainerStart, environment_of, fork_container, identity_of
 from testbed.lab.forker import FORKED_ELSEWHERE, Forker
 from testbed.lab.frames import FrameReader, send_frame
+from testbed.lab.streams import Streams
 from testbed.model.topology import Topology
 from testbed.underlay.hosts import inside_network
 from testbed.underlay.network import LabNetwork, make_private_folder
@@ -75,6 +75,7 @@ class Spawner:
         self._forker = forker
         self._selector = selectors.DefaultSelector()
         self._sandboxes: dict[str, _Sandbox] = {}
+        self._sandbox_count = 0
         self._containers: dict[str, _Container] = {}
         self._keep = _folders_to_keep()
         self._deadlines: list[tuple[float, int, Callable[[], None]]] = []
@@ -185,7 +186,9 @@ class Spawner:
             for volume in spec.volumes:
                 self._fill_volume(sandbox, volume.name, volume.files)
             if spec.address is not None and spec.network is not None:
-                digest = hashlib.sha256(spec.pod_uid.encode()).hexdigest()
+                # Not by the pod alone: the kernel takes its time to remove the link of the sandbox before this one.
+                self._sandbox_count += 1
+                digest = hashlib.sha256(f"{spec.pod_uid} {self._sandbox_count}".encode()).hexdigest()
                 self.network.add_pod(
                     sandbox.name,
                     f"veth{digest[:8]}",
@@ -249,55 +252,71 @@ class Spawner:
         folder = f"{sandbox.folder}/{spec.container_id}"
         for part in ("upper", "work"):
             os.makedirs(f"{folder}/{part}")
+        streams = Streams.make(stdin=spec.stdin, tty=spec.tty)
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
-            container = self._start(sandbox, spec, folder, writing)
+            container = self._start(sandbox, spec, folder, writing, streams)
         except OSError as error:
             os.close(reading)
+            streams.close()
             raise KernelError(f"{sandbox.name}: could not start container {spec.name!r}: {error.strerror}") from error
         finally:
             os.close(writing)
+            streams.close_theirs()
         self._containers[spec.container_id] = container
         sandbox.containers[spec.container_id] = container
-        os.set_blocking(reading, False)
-        started = partial(self._container_started, reading, sandbox, container, reply)
-        self._selector.register(reading, selectors.EVENT_READ, started)
+        failed = f"{sandbox.name}: could not start container {spec.name!r}: "
+        self._when_started(reading, streams, failed, reply)
 
-    def _container_started(self, reading: int, sandbox: _Sandbox, container: _Container, reply: Reply) -> None:
-        """The pipe closed: by exec, which means the program runs, or with words, which say why it does not."""
-        problem = os.read(reading, 4096)
-        self._selector.unregister(reading)
-        os.close(reading)
-        if problem:
-            message = problem.decode(errors="replace")
-            reply(KernelError(f"{sandbox.name}: could not start container {container.spec.name!r}: {message}"), ())
-        else:
-            reply(None, ())
+    def _when_started(self, reading: int, streams: Streams, failed: str, reply: Reply) -> None:
+        """Answer with our side of a program's streams when it runs, or with why it does not.
+
+        The pipe closes by exec, which means that it runs, or with words. Until then the streams hold what it writes.
+        """
+        os.set_blocking(reading, False)
+
+        def started() -> None:
+            problem = os.read(reading, 4096)
+            self._selector.unregister(reading)
+            os.close(reading)
+            try:
+                if problem:
+                    reply(KernelError(failed + problem.decode(errors="replace")), ())
+                else:
+                    reply(None, streams.take())
+            finally:
+                streams.close()
+
+        self._selector.register(reading, selectors.EVENT_READ, started)
 
     def _container_ended(self, container: _Container, status: int) -> None:
         container.ended = True
+        self._tell_end(container.spec.container_id, status)
+
+    def _tell_end(self, what: str, status: int) -> None:
         ended = ExitStatus(exit_code(status), os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
         try:
-            send_frame(self._control, (None, ("ended", container.spec.container_id, ended)))
+            send_frame(self._control, (None, ("ended", what, ended)))
         except OSError:
             return  # the control process is gone, and with it the lab
 
-    def _start(self, sandbox: _Sandbox, spec: ContainerSpec, folder: str, report: int) -> _Container:
+    def _start(
+        self, sandbox: _Sandbox, spec: ContainerSpec, folder: str, report: int, streams: Streams
+    ) -> _Container:  # fmt: skip
         """Fork the first process of a container, here or, for the echo server, in the forker."""
         start = ContainerStart(
             sandbox=sandbox.spec,
             spec=spec,
             folder=folder,
-            log=f"{sandbox.folder}/{spec.name}.log",
             binds=tuple(self._bind(sandbox, mount) for mount in spec.mounts),
             keep=self._keep,
         )
         node = self.network[sandbox.spec.node].holder.pidfd
         place = node if sandbox.spec.address is None else self.network[sandbox.name].holder.pidfd
         if spec.builtin == FORKED_ELSEWHERE and self._forker is not None:
-            pid, pidfd = self._forker.fork(start, node, place, report)
+            pid, pidfd = self._forker.fork(start, (node, place, report, *streams.theirs))
             return _Container(spec, folder, pid, pidfd, is_ours=False)
-        pid = fork_container(start, node, place, report)
+        pid = fork_container(start, node, place, report, *streams.theirs)
         container = _Container(spec, folder, pid, -1)
         container.pidfd = self._watch_child(pid, lambda status: self._container_ended(container, status))
         return container
@@ -395,10 +414,43 @@ class Spawner:
         pidfd = self._watch_child(pid, ended)
         self._call_later(timeout_s, expire)
 
-    def do_connect(
-        self, reply: Reply, _fds: list[int], *, node: str
+    def do_open_exec(
+        self, reply: Reply, _fds: list[int], *, container_id: str, exec_id: str, argv: Sequence[str], stdin: bool,
+        tty: bool,
     ) -> None:  # fmt: skip
-        """Answer with a TCP socket that belongs to a node's network namespace."""
+        """Start a program in a container and answer with its streams; its end is told like a container's."""
+        container = self._containers.get(container_id)
+        if container is None or container.ended:
+            raise NotPresent(f"container {container_id} is not running")
+        target = self._container_target(self._sandbox(container.spec.pod_uid), container)
+        if tty:
+            target = replace(target, env={"TERM": "xterm", **target.env})
+        streams = Streams.make(stdin=stdin, tty=tty)
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = fork_in(target, session_child(target, argv, streams.theirs, tty=tty, report=writing))
+        except BaseException:
+            os.close(reading)
+            streams.close()
+            raise
+        finally:
+            os.close(writing)
+            streams.close_theirs()
+
+        def ended(status: int) -> None:
+            os.close(pidfd)
+            self._tell_end(exec_id, status)
+
+        pidfd = self._watch_child(pid, ended)
+        self._when_started(reading, streams, "", reply)
+
+    def do_connect(
+        self, reply: Reply, _fds: list[int], *, node: str = "", pod_uid: str = ""
+    ) -> None:  # fmt: skip
+        """Answer with a TCP socket that belongs to the network namespace of a node, or of a pod."""
+        if pod_uid:
+            sandbox = self._sandbox(pod_uid)
+            node = sandbox.spec.node if sandbox.spec.address is None else sandbox.name
         with inside_network(self.network[node].holder.network_fd):
             made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         with made:

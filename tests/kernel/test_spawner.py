@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -19,8 +20,10 @@ import pytest
 
 from testbed.errors import InputError, KernelError
 from testbed.kernel import linux
+from testbed.kubelet.logs import ContainerLog
 from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
 from testbed.lab.runtime import SpawnerRuntime
+from testbed.lab.sessions import FdInput, FdSession
 from testbed.model.topology import Network, NodeSpec, Topology
 
 pytestmark = pytest.mark.root
@@ -99,19 +102,35 @@ def container(*argv: str, **changes: Any) -> ContainerSpec:
     return ContainerSpec(**{"container_id": "c1", "pod_uid": "uid-1", "name": "main", "argv": argv, **changes})
 
 
-def with_runtime(connection: socket.socket, test: Callable[[SpawnerRuntime], Awaitable[Any]]) -> Any:
+class Runtime(SpawnerRuntime):
+    """Keeps the output of every container, by its ID."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self.logs: dict[str, ContainerLog] = {}
+
+    async def start_container(self, spec: ContainerSpec, output: object = None) -> FdInput:
+        self.logs[spec.container_id] = ContainerLog(time.time_ns)
+        return await super().start_container(spec, self.logs[spec.container_id])
+
+    def text(self, container_id: str = "c1", stream: int | None = None) -> str:
+        entries = self.logs[container_id].entries()
+        return b"".join(entry.data for entry in entries if stream in (None, entry.stream)).decode()
+
+
+def with_runtime(connection: socket.socket, test: Callable[[Runtime], Awaitable[Any]]) -> Any:
     async def run() -> Any:
-        return await asyncio.wait_for(test(SpawnerRuntime(connection)), 30)
+        return await asyncio.wait_for(test(Runtime(connection)), 30)
 
     return asyncio.run(run())
 
 
-async def running(runtime: SpawnerRuntime, *, made: SandboxSpec | None = None, **changes: Any) -> None:
+async def running(runtime: Runtime, *, made: SandboxSpec | None = None, **changes: Any) -> None:
     await runtime.create_sandbox(made or sandbox())
     await runtime.start_container(container("sleep", "60", **changes))
 
 
-async def shell(runtime: SpawnerRuntime, script: str, container_id: str = "c1") -> str:
+async def shell(runtime: Runtime, script: str, container_id: str = "c1") -> str:
     result = await runtime.exec(container_id, ["sh", "-c", script], timeout_s=10)
     return result.output
 
@@ -119,7 +138,7 @@ async def shell(runtime: SpawnerRuntime, script: str, container_id: str = "c1") 
 def test_what_a_container_sees(spawner: socket.socket) -> None:
     """Its own processes, hostname, /etc files, network and devices; an empty /run; the machine's programs."""
 
-    async def test(runtime: SpawnerRuntime) -> str:
+    async def test(runtime: Runtime) -> str:
         await running(runtime, env={"GREETING": "hi"})
         script = (
             "hostname; cat /etc/hosts /etc/resolv.conf /etc/hostname; ls /sys/class/net | tr '\\n' ' '; ls /run | wc -l;"
@@ -136,7 +155,7 @@ def test_what_a_container_sees(spawner: socket.socket) -> None:
 def test_a_restart_keeps_the_address_and_loses_the_files(spawner: socket.socket) -> None:
     """What one start wrote is gone in the next, on the same address; the machine's own files never change."""
 
-    async def test(runtime: SpawnerRuntime) -> list[str]:
+    async def test(runtime: Runtime) -> list[str]:
         await running(runtime)
         script = "test -e /etc/mark && echo old; touch /etc/mark; ip -4 -o addr show eth0 | grep -o 10.244.1.2/"
         seen = [await shell(runtime, script)]
@@ -161,7 +180,7 @@ def test_a_restart_keeps_the_address_and_loses_the_files(spawner: socket.socket)
 def test_how_a_container_ends(spawner: socket.socket, argv: tuple[str, ...], end: ExitStatus | None) -> None:
     """The exit status of its first process is told; SIGKILL ends one that has no handler for SIGTERM, with 137."""
 
-    async def test(runtime: SpawnerRuntime) -> ExitStatus:
+    async def test(runtime: Runtime) -> ExitStatus:
         await runtime.create_sandbox(sandbox())
         await runtime.start_container(container(*argv))
         if end is None:
@@ -175,7 +194,7 @@ def test_how_a_container_ends(spawner: socket.socket, argv: tuple[str, ...], end
 def test_programs_that_cannot_start(spawner: socket.socket) -> None:
     """A program that is not there, or is no program, is an error that names pod, container and path."""
 
-    async def test(runtime: SpawnerRuntime) -> list[str]:
+    async def test(runtime: Runtime) -> list[str]:
         await runtime.create_sandbox(sandbox())
         said = []
         for number, argv in enumerate((("nosuch",), ("/etc/passwd",))):
@@ -193,7 +212,7 @@ def test_programs_that_cannot_start(spawner: socket.socket) -> None:
 def test_volumes(spawner: socket.socket) -> None:
     """An emptyDir is shared and outlives a container; a ConfigMap's files are read-only and follow updates."""
 
-    async def test(runtime: SpawnerRuntime) -> list[str]:
+    async def test(runtime: Runtime) -> list[str]:
         volumes = (Volume(name="scratch"), Volume(name="config", files={"a.txt": "one"}))
         mounts = (Mount(volume="scratch", path="/scratch"), Mount(volume="config", path="/etc/config"))
         only_file = (*mounts, Mount(volume="config", path="/opt/here.txt", sub_path="a.txt"))
@@ -216,7 +235,7 @@ def test_volumes(spawner: socket.socket) -> None:
 def test_a_link_in_a_container_does_not_lead_a_mount_out_of_it(spawner: socket.socket) -> None:
     """A mountPath below a symbolic link of the image is resolved inside the container; subPath stays in its volume."""
 
-    async def test(runtime: SpawnerRuntime) -> str:
+    async def test(runtime: Runtime) -> str:
         volumes = (Volume(name="scratch"),)
         await runtime.create_sandbox(sandbox(volumes=volumes))
         await runtime.start_container(container("sleep", "60", mounts=(Mount(volume="scratch", path="/var/run/data"),)))
@@ -233,7 +252,7 @@ def test_a_link_in_a_container_does_not_lead_a_mount_out_of_it(spawner: socket.s
 def test_users_and_capabilities(spawner: socket.socket) -> None:
     """runAsUser and dropped capabilities hold, for the program and for exec; the default set cannot touch the network."""
 
-    async def test(runtime: SpawnerRuntime) -> list[str]:
+    async def test(runtime: Runtime) -> list[str]:
         await running(runtime, uid=1000, gid=1000, groups=(2000,))
         await runtime.start_container(container("sleep", "60", container_id="c2", name="second"))
         await runtime.start_container(
@@ -255,7 +274,7 @@ def test_users_and_capabilities(spawner: socket.socket) -> None:
 def test_exec_runs_out_of_time(spawner: socket.socket) -> None:
     """A command that takes too long is killed and answered with 124 and what it wrote until then."""
 
-    async def test(runtime: SpawnerRuntime) -> ExecResult:
+    async def test(runtime: Runtime) -> ExecResult:
         await running(runtime)
         return await runtime.exec("c1", ["sh", "-c", "echo begun; sleep 30"], timeout_s=0.3)
 
@@ -265,7 +284,7 @@ def test_exec_runs_out_of_time(spawner: socket.socket) -> None:
 def test_connect_as_the_node_sees_it(spawner: socket.socket) -> None:
     """A probe's connection starts in the node's namespace: refused where nothing listens, made where something does."""
 
-    async def test(runtime: SpawnerRuntime) -> str:
+    async def test(runtime: Runtime) -> str:
         await runtime.create_sandbox(sandbox())
         listen = "import socket,time; s=socket.create_server(('',80)); c,a=s.accept(); c.sendall(a[0].encode()); time.sleep(60)"
         with pytest.raises(ConnectionRefusedError):
@@ -286,7 +305,7 @@ def test_connect_as_the_node_sees_it(spawner: socket.socket) -> None:
 def test_host_network_and_host_path(spawner: socket.socket) -> None:
     """A hostNetwork pod has the node's links and hostname; a hostPath is a path of the node, not of the machine."""
 
-    async def test(runtime: SpawnerRuntime) -> str:
+    async def test(runtime: Runtime) -> str:
         made = sandbox(address=None, network=None, hostname="node1", volumes=(Volume(name="run", host_path="/run"),))
         await running(runtime, made=made, mounts=(Mount(volume="run", path="/node-run"),))
         return await shell(runtime, "ls /sys/class/net | tr '\\n' ' '; hostname; touch /node-run/mark")
@@ -298,7 +317,7 @@ def test_host_network_and_host_path(spawner: socket.socket) -> None:
 def test_removing_a_sandbox_ends_everything(spawner: socket.socket) -> None:
     """After removal its programs have ended; removing it again succeeds; the same pod can be made again."""
 
-    async def test(runtime: SpawnerRuntime) -> ExitStatus:
+    async def test(runtime: Runtime) -> ExitStatus:
         await running(runtime)
         end = asyncio.ensure_future(runtime.wait_container("c1"))
         await runtime.remove_sandbox("uid-1")
@@ -320,3 +339,136 @@ def test_messages_carry_errors() -> None:
     ):
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), vars(copy)) == (str(error), vars(error))
+
+
+def test_what_a_container_writes_is_told_apart(spawner: socket.socket) -> None:
+    """Standard output and error arrive as two streams, whole, before the end of the container is told."""
+
+    async def test(runtime: Runtime) -> tuple[str, str]:
+        await runtime.create_sandbox(sandbox())
+        script = "echo out; echo err >&2; echo again > /dev/stdout; seq 20000; printf last"
+        await runtime.start_container(container("sh", "-c", script, uid=1000))
+        await runtime.wait_container("c1")
+        return runtime.text(stream=1), runtime.text(stream=2)
+
+    out, err = with_runtime(spawner, test)
+    assert out.startswith("out\nagain\n1\n2\n")
+    assert out.endswith("20000\nlast")
+    assert err == "err\n"
+
+
+def test_a_container_reads_what_is_typed(spawner: socket.socket) -> None:
+    """With stdin a program reads what is written to it, and then the end; without, the end at once."""
+
+    async def test(runtime: Runtime) -> str:
+        await runtime.create_sandbox(sandbox())
+        typed = await runtime.start_container(container("cat", stdin=True))
+        await typed.write(b"hello\n")
+        typed.close()
+        await runtime.wait_container("c1")
+        await runtime.start_container(container("cat", container_id="c2"))
+        await runtime.wait_container("c2")
+        return runtime.text() + runtime.text("c2")
+
+    assert with_runtime(spawner, test) == "hello\n"
+
+
+def test_a_container_with_a_terminal(spawner: socket.socket) -> None:
+    """Its streams are one terminal with a name, a size and job control."""
+
+    async def test(runtime: Runtime) -> str:
+        await runtime.create_sandbox(sandbox())
+        script = "tty; read line; stty size; echo got $line; echo > /dev/tty"
+        typed = await runtime.start_container(container("bash", "-c", script, stdin=True, tty=True))
+        typed.resize(120, 40)
+        while "pts" not in runtime.text():
+            await asyncio.sleep(0.01)
+        await typed.write(b"abc\n")
+        await runtime.wait_container("c1")
+        return runtime.text()
+
+    assert with_runtime(spawner, test).split() == ["/dev/pts/0", "abc", "40", "120", "got", "abc"]
+
+
+async def talk(session: FdSession) -> tuple[bytes, bytes, int]:
+    """Read a session to its end; return standard output, standard error and exit code."""
+    pieces = {1: b"", 2: b""}
+    while (piece := await session.read()) is not None:
+        pieces[piece[0]] += piece[1]
+    return pieces[1], pieces[2], (await session.wait()).code
+
+
+def test_exec_with_its_streams(spawner: socket.socket) -> None:
+    """Both outputs, what is typed, and the exit code; ten MiB come through one side while they go in at the other."""
+
+    async def test(runtime: Runtime) -> tuple[tuple[bytes, bytes, int], int, tuple[bytes, bytes, int]]:
+        await running(runtime)
+        session = await runtime.open_exec("c1", ["sh", "-c", "cat; echo err >&2; exit 3"], stdin=True, tty=False)
+        await session.write(b"typed")
+        session.close()
+        small = await talk(session)
+        session = await runtime.open_exec("c1", ["cat"], stdin=True, tty=False)
+        big = asyncio.create_task(session.write(bytes(10 << 20)))
+        reading = asyncio.create_task(talk(session))
+        await big
+        session.close()
+        terminal = await runtime.open_exec("c1", ["sh", "-c", "tty; echo err >&2; echo $TERM"], stdin=True, tty=True)
+        return small, len((await reading)[0]), await talk(terminal)
+
+    small, size, terminal = with_runtime(spawner, test)
+    assert small == (b"typed", b"err\n", 3)
+    assert size == 10 << 20
+    assert terminal == (b"/dev/pts/0\r\nerr\r\nxterm\r\n", b"", 0)
+
+
+def test_exec_of_what_is_not_there(spawner: socket.socket) -> None:
+    """A program that does not exist is refused in runc's words."""
+
+    async def test(runtime: Runtime) -> list[str]:
+        await running(runtime)
+        words = []
+        for argv in (["nope"], ["/etc/nope"], ["/etc/hosts"]):
+            with pytest.raises(KernelError) as refused:
+                await runtime.open_exec("c1", argv, stdin=False, tty=False)
+            words.append(str(refused.value))
+        return words
+
+    assert with_runtime(spawner, test) == [
+        'exec: "nope": executable file not found in $PATH',
+        'exec: "/etc/nope": stat /etc/nope: no such file or directory',
+        'exec: "/etc/hosts": permission denied',
+    ]
+
+
+def test_an_exec_that_leaves_something_behind(spawner: socket.socket) -> None:
+    """It ends when its own program has ended, though a child of it still holds its streams."""
+
+    async def test(runtime: Runtime) -> tuple[bytes, bytes, int]:
+        await running(runtime)
+        session = await runtime.open_exec("c1", ["sh", "-c", "echo here; sleep 50 &"], stdin=False, tty=False)
+        return await talk(session)
+
+    assert with_runtime(spawner, test) == (b"here\n", b"", 0)
+
+
+def test_a_connection_to_a_port_of_a_pod(spawner: socket.socket) -> None:
+    """Port-forward reaches what listens on the pod's loopback only, and is refused where nothing does."""
+
+    async def test(runtime: Runtime) -> bytes:
+        await runtime.create_sandbox(sandbox())
+        listen = (
+            "import socket; s = socket.create_server(('127.0.0.1', 80)); print('up', flush=True); c, _ = s.accept(); "
+            "c.sendall(c.recv(9)); c.close()"
+        )
+        await runtime.start_container(container(sys.executable, "-c", listen))
+        while not runtime.text():
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(sock=await runtime.connect_pod("uid-1", 80, timeout_s=5))
+        writer.write(b"ping")
+        answer = await reader.read()
+        writer.close()
+        with pytest.raises(ConnectionRefusedError):
+            await runtime.connect_pod("uid-1", 81, timeout_s=5)
+        return answer
+
+    assert with_runtime(spawner, test) == b"ping"
