@@ -72,7 +72,7 @@ def go_type(struct: str, field: str, openapi: str) -> str:
     if openapi in simple:
         return simple[openapi]
     if openapi == "int":
-        return "int64" if field in INT64 else "int32"
+        return "int64" if field in INT64 or struct.startswith("JSONSchema") else "int32"
     if openapi == "object":
         return "IntOrString" if field in INT_OR_STRING and not struct.startswith("JSONSchema") else "any"
     return f"v1.{short_name(openapi)}"

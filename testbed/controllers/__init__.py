@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from testbed.controllers.daemonset import DaemonSetController
+from testbed.controllers.definitions import DefinitionFinalizer
 from testbed.controllers.deployment import DeploymentController
 from testbed.controllers.driver import Controller, ControllerDriver
 from testbed.controllers.endpoints import EndpointsController
@@ -31,6 +32,7 @@ def default_controllers(config: ClusterConfig, *, pick: Callable[[int], int]) ->
         index,
         NamespaceController(),
         ServiceAccountController(),
+        DefinitionFinalizer(),
         GarbageCollector(index),
         DeploymentController(index),
         ReplicaSetController(index),

@@ -6,21 +6,19 @@ from collections.abc import Iterable
 
 from testbed.controllers.status import delete_if_there
 from testbed.errors import ApiError
-from testbed.model.objects import BY_KEY, Key, is_terminating
+from testbed.model.objects import Key, ResourceTable, is_terminating
 from testbed.registry import Registry
 from testbed.store import Event, EventType
 
 SYSTEM_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
-_NAMESPACED = tuple(resource.key for resource in BY_KEY.values() if resource.namespaced)
-# What makes other objects goes first, and events go last: deleting makes some.
-_ORDER = sorted(
-    _NAMESPACED,
-    key=lambda resource: (
-        resource == "events",
-        resource == "pods",
-        resource not in ("deployments.apps", "daemonsets.apps"),
-    ),
-)
+
+
+def _in_order(resources: ResourceTable) -> list[str]:
+    """Return what can be in a namespace. What makes other objects goes first, and events go last: deleting makes some."""
+    return sorted(
+        dict.fromkeys(resource.key for resource in resources.all() if resource.namespaced),
+        key=lambda key: (key == "events", key == "pods", key not in ("deployments.apps", "daemonsets.apps")),
+    )
 
 
 def ensure_system_namespaces(registry: Registry) -> None:
@@ -57,7 +55,7 @@ class NamespaceController:
         if namespace is not None and not is_terminating(namespace):
             return None
         left = 0
-        for resource in _ORDER:
+        for resource in _in_order(registry.resources):
             for obj in registry.store.list(resource, key.name):
                 if not is_terminating(obj):
                     delete_if_there(registry, resource, key.name, obj["metadata"]["name"])
@@ -92,4 +90,48 @@ class ServiceAccountController:
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise
+        return None
+
+
+ROOT_CERTIFICATES = "kube-root-ca.crt"
+
+
+class RootCertificatePublisher:
+    """Sees to it that every namespace has the ConfigMap with the certificate of the cluster's authority.
+
+    Source: kubernetes pkg/controller/certificates/rootcacertpublisher (v1.30).
+    """
+
+    watches: frozenset[str] | None = frozenset({"namespaces", "configmaps"})
+
+    def __init__(self, authority: str) -> None:
+        self._authority = authority
+
+    def keys(self, event: Event) -> Iterable[Key]:
+        """Return the ConfigMap that a new namespace lacks, or that somebody changed or deleted."""
+        if event.key.resource == "namespaces":
+            return [Key("configmaps", event.key.name, ROOT_CERTIFICATES)]
+        return [event.key] if event.key.name == ROOT_CERTIFICATES else ()
+
+    def reconcile(self, key: Key, registry: Registry) -> float | None:
+        """Create or restore it, unless its namespace is going."""
+        namespace = registry.store.get("namespaces", "", key.namespace)
+        if namespace is None or is_terminating(namespace):
+            return None
+        data = {"ca.crt": self._authority}
+        current = registry.store.get(*key)
+        if current is not None:
+            if current.get("data") != data:
+                registry.update(key.resource, {**current, "data": data})
+            return None
+        metadata = {
+            "name": key.name,
+            "namespace": key.namespace,
+            "annotations": {
+                "kubernetes.io/description": "Contains a CA bundle that can be used to verify the kube-apiserver when "
+                "using internal endpoints such as the internal service IP or kubernetes.default.svc. No other usage is "
+                "guaranteed across distributions of Kubernetes clusters."
+            },
+        }
+        registry.create(key.resource, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
         return None

@@ -6,6 +6,7 @@ place: whoever wants a change copies first (`copy.deepcopy`, or a new dict along
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resource:
-    """One kind of object, as API discovery describes it."""
+    """One kind of object in one version, as API discovery describes it."""
 
     group: str
     version: str
@@ -35,6 +36,19 @@ class Resource:
     short_names: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
     subresources: tuple[str, ...] = ()
+    singular: str = ""  # '': the kind in lower case
+    list_kind: str = ""  # '': the kind with List
+    is_custom: bool = False  # defined by a CustomResourceDefinition
+    #: Where /scale finds replicas wanted, replicas there are, and the selector as text ('': spec.selector.matchLabels).
+    scale_paths: tuple[str, str, str] = (".spec.replicas", ".status.replicas", "")
+
+    @property
+    def singular_name(self) -> str:
+        return self.singular or self.kind.lower()
+
+    @property
+    def list_name(self) -> str:
+        return self.list_kind or f"{self.kind}List"
 
     @property
     def key(self) -> str:
@@ -72,21 +86,29 @@ def _rbac(plural: str, kind: str, namespaced: bool) -> Resource:
     return Resource(group="rbac.authorization.k8s.io", version="v1", plural=plural, kind=kind, namespaced=namespaced)
 
 
-def _stored(group: str, version: str, plural: str, kind: str, *short: str, namespaced: bool = True) -> Resource:
-    return Resource(group=group, version=version, plural=plural, kind=kind, namespaced=namespaced, short_names=short)
+def _stored(
+    group: str, version: str, plural: str, kind: str, *short: str, namespaced: bool = True,
+    subresources: tuple[str, ...] = (), all_: bool = False,
+) -> Resource:  # fmt: skip
+    return Resource(
+        group=group, version=version, plural=plural, kind=kind, namespaced=namespaced, short_names=short,
+        subresources=subresources, categories=("all",) if all_ else (),
+    )  # fmt: skip
 
 
+_STATUS = ("status",)
+_SCALED = ("status", "scale")
 _ADMISSION = "admissionregistration.k8s.io"
 
 RESOURCES: tuple[Resource, ...] = (
     _core("namespaces", "Namespace", "ns", subresources=("status", "finalize"), namespaced=False),
     _core("nodes", "Node", "no", subresources=("status",), namespaced=False),
-    _core("pods", "Pod", "po", subresources=("status", "log", "exec", "binding"), all_=True),
+    _core("pods", "Pod", "po", subresources=("status", "log", "exec", "attach", "portforward", "binding", "eviction"), all_=True),
     _core("services", "Service", "svc", subresources=("status",), all_=True),
     _core("endpoints", "Endpoints", "ep"),
     _core("configmaps", "ConfigMap", "cm"),
     _core("secrets", "Secret"),
-    _core("serviceaccounts", "ServiceAccount", "sa"),
+    _core("serviceaccounts", "ServiceAccount", "sa", subresources=("token",)),
     _core("events", "Event", "ev"),
     _apps("deployments", "Deployment", "deploy", "status", "scale"),
     _apps("replicasets", "ReplicaSet", "rs", "status", "scale"),
@@ -106,27 +128,87 @@ RESOURCES: tuple[Resource, ...] = (
     _rbac("clusterroles", "ClusterRole", False),
     _rbac("clusterrolebindings", "ClusterRoleBinding", False),
     # Stored and listed, so that manifests made for a real cluster apply; nothing acts on them.
-    _stored("", "v1", "persistentvolumes", "PersistentVolume", "pv", namespaced=False),
-    _stored("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim", "pvc"),
-    _stored("", "v1", "replicationcontrollers", "ReplicationController", "rc"),
-    _stored("", "v1", "resourcequotas", "ResourceQuota", "quota"),
+    _stored("", "v1", "persistentvolumes", "PersistentVolume", "pv", namespaced=False, subresources=_STATUS),
+    _stored("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim", "pvc", subresources=_STATUS),
+    _stored("", "v1", "replicationcontrollers", "ReplicationController", "rc", subresources=_SCALED, all_=True),
+    _stored("", "v1", "resourcequotas", "ResourceQuota", "quota", subresources=_STATUS),
     _stored("", "v1", "limitranges", "LimitRange", "limits"),
     _stored("", "v1", "podtemplates", "PodTemplate"),
-    _stored("apps", "v1", "statefulsets", "StatefulSet", "sts"),
+    _stored("apps", "v1", "statefulsets", "StatefulSet", "sts", subresources=_SCALED, all_=True),
     _stored("apps", "v1", "controllerrevisions", "ControllerRevision"),
-    _stored("batch", "v1", "cronjobs", "CronJob", "cj"),
-    _stored("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", "hpa"),
-    _stored("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", "pdb"),
+    _stored("batch", "v1", "cronjobs", "CronJob", "cj", subresources=_STATUS, all_=True),
+    _stored(
+        "autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", "hpa", subresources=_STATUS, all_=True
+    ),
+    _stored("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", "pdb", subresources=_STATUS),
     _stored("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", "netpol"),
     _stored("storage.k8s.io", "v1", "storageclasses", "StorageClass", "sc", namespaced=False),
     _stored("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", "pc", namespaced=False),
     _stored("node.k8s.io", "v1", "runtimeclasses", "RuntimeClass", namespaced=False),
     _stored(_ADMISSION, "v1", "validatingwebhookconfigurations", "ValidatingWebhookConfiguration", namespaced=False),
     _stored(_ADMISSION, "v1", "mutatingwebhookconfigurations", "MutatingWebhookConfiguration", namespaced=False),
+    Resource(
+        group="apiextensions.k8s.io", version="v1", plural="customresourcedefinitions", kind="CustomResourceDefinition",
+        namespaced=False, short_names=("crd", "crds"), categories=("api-extensions",), subresources=_STATUS,
+    ),
 )  # fmt: skip
 
 BY_KEY: dict[str, Resource] = {resource.key: resource for resource in RESOURCES}
 BY_KIND: dict[tuple[str, str], Resource] = {(resource.api_version, resource.kind): resource for resource in RESOURCES}
+
+DEFINITIONS = "customresourcedefinitions.apiextensions.k8s.io"
+
+
+class ResourceTable:
+    """The resources of one cluster: those that every cluster has, and those that users have defined.
+
+    A custom resource may be served in several versions; it is stored in one, which `get` returns.
+    """
+
+    def __init__(self) -> None:
+        self._by_key = dict(BY_KEY)
+        self._versions: dict[str, dict[str, Resource]] = {key: {one.version: one} for key, one in BY_KEY.items()}
+        #: Counts changes; whoever keeps something that follows from the table compares it.
+        self.changes = 0
+
+    def get(self, key: str) -> Resource | None:
+        """Return a resource in the version that is stored."""
+        return self._by_key.get(key)
+
+    def find(self, group: str, version: str, plural: str) -> Resource | None:
+        """Return what a URL names."""
+        return self._versions.get(f"{plural}.{group}" if group else plural, {}).get(version)
+
+    def of_kind(self, api_version: str, kind: str) -> Resource | None:
+        """Return the resource of an object."""
+        built_in = BY_KIND.get((api_version, kind))
+        if built_in is not None:
+            return built_in
+        return next((one for one in self.all() if one.api_version == api_version and one.kind == kind), None)
+
+    def versions(self, key: str) -> tuple[Resource, ...]:
+        """Return a resource in every version that is served, the preferred one first."""
+        return tuple(self._versions.get(key, {}).values())
+
+    def all(self) -> Iterator[Resource]:
+        """Yield every resource in every version that is served."""
+        for versions in self._versions.values():
+            yield from versions.values()
+
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._by_key)
+
+    def add(self, stored: Resource, served: Sequence[Resource]) -> None:
+        """Add or replace a custom resource. ``served`` may be without ``stored``."""
+        self._by_key[stored.key] = stored
+        self._versions[stored.key] = {one.version: one for one in served}
+        self.changes += 1
+
+    def remove(self, key: str) -> None:
+        """Forget a custom resource."""
+        if self._by_key.pop(key, None) is not None:
+            del self._versions[key]
+            self.changes += 1
 
 
 def name_of(obj: Object) -> str:

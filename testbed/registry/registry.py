@@ -2,21 +2,26 @@
 
 ::
 
-    object ─▶ decode (types, copies) ─▶ prepare (system fields) ─▶ default ─▶ allocate ─▶ validate ─▶ Store
-                                        └──────────── the kind's `Strategy` ───────────┘
+    object ─▶ decode (types, copies) ─▶ prepare (system fields) ─▶ mutate ─▶ default ─▶ allocate ─▶ validate ─▶ Store
+              └──────────── the kind's `Strategy` ────────────┘      │       └────────── Strategy ─────────┘
+                                                                 `Admission` mutates, and refuses at the end
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 from testbed.errors import ApiError, Cause
 from testbed.manifests import kinds
 from testbed.manifests.kinds.names import NAME_ALPHABET
 from testbed.model.cluster import ClusterConfig
 from testbed.model.json_values import merge_patch
-from testbed.model.objects import BY_KEY, Object, Resource
+from testbed.model.objects import DEFINITIONS, Object, Resource, ResourceTable
+from testbed.registry.admission import Admission, AdmissionRequest
+from testbed.registry.customs import CustomResources, being_deleted
+from testbed.registry.definitions import DefinitionStrategy
 from testbed.registry.errors import bad_request, forbidden, invalid, undecodable
 from testbed.registry.scale import scale_of, with_scale
 from testbed.registry.services import ServiceStrategy
@@ -48,6 +53,8 @@ _STRATEGIES: dict[str, type[Strategy]] = {
     "daemonsets.apps": WorkloadStrategy,
     "jobs.batch": JobStrategy,
 }
+Propagation = Literal["", "Background", "Foreground", "Orphan"]
+_PROPAGATION_FINALIZERS: dict[str, str] = {"Foreground": "foregroundDeletion", "Orphan": "orphan"}
 _MAX_GENERATED_PREFIX = 58  # names.go: 63 less the five characters that are added
 _GENERATE_ATTEMPTS = 8
 
@@ -74,23 +81,30 @@ class Registry:
         self.now = now
         self._new_uid = new_uid
         self._pick = pick
+        self.resources = ResourceTable()
+        self.admission = Admission(store)
         self._strategies: dict[str, Strategy] = {
             resource.key: _STRATEGIES.get(resource.key, Strategy)(resource, self.config, pick)
-            for resource in BY_KEY.values()
+            for resource in self.resources.all()
         }
+        definitions = self.resources.get(DEFINITIONS)
+        assert definitions is not None
+        self._strategies[DEFINITIONS] = DefinitionStrategy(definitions, config, pick, self.resources, now)
+        self.customs = CustomResources(self.resources, self._strategies, config, pick)
+        store.subscribe(self.customs.definition_changed, DEFINITIONS)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def get(self, resource: str, namespace: str, name: str) -> Object:
         """Return the stored object itself; raise ApiError 404 with Kubernetes' text."""
-        found = self.store.get(_known(resource).key, namespace, name)
+        found = self.store.get(self._known(resource).key, namespace, name)
         if found is None:
             raise not_found(resource, name)
         return found
 
     def list(self, resource: str, namespace: str | None = None) -> list[Object]:
         """Return the objects of one namespace, or of all, sorted by namespace and name."""
-        return self.store.list(_known(resource).key, namespace)
+        return self.store.list(self._known(resource).key, namespace)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -100,7 +114,7 @@ class Registry:
         Raises:
             ApiError: 400, 403, 404 (namespace), 409 or 422 with Kubernetes' text; then nothing is stored.
         """
-        kind = _known(resource)
+        kind = self._known(resource)
         strategy = self._strategies[resource]
         new = self._decode(kind, obj)
         metadata = new["metadata"]
@@ -122,10 +136,18 @@ class Registry:
         name, namespace = metadata.get("name", ""), metadata.get("namespace", "")
         if name and self.store.get(resource, namespace, name) is not None:
             raise already_exists(resource, name)
-        kinds.default_in_place(new)
+        strategy.default(new)
         strategy.prepare_for_create(new)
+        request = AdmissionRequest(
+            operation="CREATE", resource=kind, namespace=namespace, name=name, object=new, old=None, dry_run=dry_run
+        )
+        if self.admission.mutators:
+            self.admission.mutate(request)
+            strategy.default(new)
         commit = strategy.allocate(None, new)
-        _refuse_if(kind, name, kinds.validate_decoded(new))
+        _refuse_if(kind, name, strategy.validate(new))
+        self.admission.validate(request)
+        new["apiVersion"] = kind.api_version
         if dry_run:
             return {**new, "metadata": {**metadata, "uid": self._new_uid(), "creationTimestamp": self.now()}}
         commit()
@@ -140,10 +162,11 @@ class Registry:
         Raises:
             ApiError: 400, 404, 409 (stale resourceVersion), 422 with Kubernetes' text; then nothing is stored.
         """
-        kind = _known(resource)
+        kind = self._known(resource)
         strategy = self._strategies[resource]
         if subresource and subresource not in kind.subresources:
             raise ApiError(404, "NotFound", "the server could not find the requested resource")
+        asked_for = subresource
         if subresource == "scale":
             obj, subresource = self._scaled(kind, obj), ""
         new = self._decode(kind, obj)
@@ -177,16 +200,23 @@ class Registry:
                     metadata[field] = was[field]
             metadata.pop("managedFields", None)
             metadata["uid"], metadata["resourceVersion"] = was["uid"], was["resourceVersion"]
-            kinds.default_in_place(new)
+            strategy.default(new)
             strategy.prepare_for_update(current, new)
-            strategy.settle_generation(current, new)
+        request = AdmissionRequest(
+            operation="UPDATE", resource=kind, namespace=metadata.get("namespace", ""), name=name, object=new,
+            old=current, subresource=asked_for, dry_run=dry_run,
+        )  # fmt: skip
+        self.admission.mutate(request)
         if subresource:
             kinds.default_status(new)
-            _refuse_if(kind, name, kinds.validate_status(new))
+            _refuse_if(kind, name, strategy.validate_status(new))
             commit = nothing
         else:
             commit = strategy.allocate(current, new)
-            _refuse_if(kind, name, [*strategy.validate_update(current, new), *kinds.validate_decoded(new)])
+            _refuse_if(kind, name, [*strategy.validate_update(current, new), *strategy.validate(new)])
+            strategy.settle_generation(current, new)
+        self.admission.validate(request)
+        new["apiVersion"] = kind.api_version
         if dry_run:
             return new
         commit()
@@ -199,14 +229,42 @@ class Registry:
         """Apply a JSON merge patch (RFC 7386) and return what is stored now. Retries nothing."""
         if not isinstance(patch, dict):
             raise bad_request("json: cannot unmarshal the patch into a JSON object")
+        return self.modify(
+            resource,
+            namespace,
+            name,
+            lambda current: merge_patch(current, patch),
+            subresource=subresource,
+            dry_run=dry_run,
+        )
+
+    def modify(
+        self,
+        resource: str,
+        namespace: str,
+        name: str,
+        change: Callable[[Object], Object],
+        *,
+        subresource: str = "",
+        dry_run: bool = False,
+    ) -> Object:
+        """Store what ``change`` makes of the object (of its Scale, for ``scale``) and return what is stored now.
+
+        ``change`` gets the stored object itself, which it must not touch; nothing can come between it and the update.
+        """
+        kind = self._known(resource)
         current = self.get(resource, namespace, name)
-        new = merge_patch(scale_of(current) if subresource == "scale" else current, patch)
+        new = change(scale_of(current, kind) if subresource == "scale" else current)
         new_metadata = new.get("metadata")
         if not isinstance(new_metadata, dict) or new_metadata.get("name") != name:
             raise bad_request("the name of the object cannot be changed by a patch")
-        if new_metadata.get("namespace", "") != namespace:
+        if (new_metadata.get("namespace") or "") != namespace:
             raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
         return self.update(resource, new, subresource=subresource, dry_run=dry_run)
+
+    def unknown_fields(self, resource: str, obj: Object) -> list[str]:
+        """Return the paths of fields in ``obj``, as a client sent it, that its kind does not have."""
+        return self._strategies[resource].unknown_fields(obj)
 
     def delete(
         self,
@@ -217,9 +275,13 @@ class Registry:
         grace_s: int | None = None,
         uid: str = "",
         resource_version: str = "",
+        propagation: Propagation = "",
         dry_run: bool = False,
     ) -> Object:
         """Delete an object, or begin to: a pod gets its grace period, a namespace and finalizers hold theirs back.
+
+        ``propagation`` Foreground and Orphan add the finalizer that the garbage collector acts on, Background takes it
+        off; without one the object's own finalizers decide.
 
         Returns:
             The last state if it is gone, else the state that says it is terminating.
@@ -227,27 +289,36 @@ class Registry:
         Raises:
             ApiError: 404; 409 when ``uid`` or ``resource_version`` is given and another; 403 for namespaces that stay.
         """
-        kind = _known(resource)
+        kind = self._known(resource)
         current = self.get(resource, namespace, name)
         metadata = current["metadata"]
         for given, field, words in ((uid, "uid", "UID"), (resource_version, "resourceVersion", "ResourceVersion")):
             if given and given != metadata[field]:
                 raise _wrong_precondition(resource, name, words, given, metadata[field])
+        finalizers = _finalizers_for(metadata.get("finalizers") or [], propagation)
         if kind.key == "namespaces":
             if name in PROTECTED_NAMESPACES:
                 raise forbidden(kind, name, "this namespace may not be deleted")
-            held = bool(metadata.get("finalizers") or current.get("spec", {}).get("finalizers"))
+            held = bool(finalizers or current.get("spec", {}).get("finalizers"))
             grace = 0
         else:
-            held = bool(metadata.get("finalizers"))
+            held = bool(finalizers)
             grace = _pod_grace_s(current, grace_s) if kind.key == "pods" else 0
+        self.admission.validate(
+            AdmissionRequest(
+                operation="DELETE", resource=kind, namespace=namespace, name=name, object=None, old=current,
+                dry_run=dry_run,
+            )  # fmt: skip
+        )
         already = metadata.get("deletionGracePeriodSeconds") if "deletionTimestamp" in metadata else None
         if dry_run:
             return current
         if not held and grace == 0:
             return self._remove(kind, current)
-        if already is not None and already <= grace:
-            return current  # it is on its way, and no sooner end was asked for
+        if already is not None and already <= grace:  # it is on its way, and no sooner end was asked for
+            if finalizers == (metadata.get("finalizers") or []):
+                return current
+            return self.store.update(resource, {**current, "metadata": {**metadata, "finalizers": finalizers}})
         when = (datetime.fromisoformat(self.now()) + timedelta(seconds=grace)).astimezone(UTC)
         terminating = {
             **current,
@@ -255,6 +326,7 @@ class Registry:
                 **metadata,
                 "deletionTimestamp": when.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 "deletionGracePeriodSeconds": grace,
+                **({"finalizers": finalizers} if finalizers else {}),
             },
         }
         if "generation" in metadata:
@@ -276,15 +348,19 @@ class Registry:
             raise bad_request("the object provided is not a JSON object")
         if not isinstance(obj.get("metadata"), dict):
             obj = {**obj, "metadata": {}}
+        strategy = self._strategies[kind.key]
         given = (obj.get("apiVersion") or kind.api_version, obj.get("kind") or kind.kind)
         if given != (kind.api_version, kind.kind):
-            raise bad_request(
-                f"the API version in the data ({given[0]}) does not match the expected API version ({kind.api_version})"
-                if given[0] != kind.api_version
-                else f"{given[1]} in version {given[0]!r} cannot be handled as a {kind.kind}: the kind does not match"
-            )
+            if not isinstance(given[0], str) or not strategy.accepts(given[0]):
+                raise bad_request(
+                    f"the API version in the data ({given[0]}) does not match the expected API version ({kind.api_version})"
+                )
+            if given[1] != kind.kind:
+                raise bad_request(
+                    f"{given[1]} in version {given[0]!r} cannot be handled as a {kind.kind}: the kind does not match"
+                )
         try:
-            new, problems = kinds.decode({**obj, "apiVersion": kind.api_version, "kind": kind.kind})
+            new, problems = strategy.decode({**obj, "apiVersion": given[0], "kind": kind.kind})
         except RecursionError:
             raise bad_request("the object is nested too deeply") from None
         if problems:
@@ -296,7 +372,7 @@ class Registry:
         if not isinstance(metadata, dict):
             raise bad_request("the object provided is not a Scale")
         current = self.get(kind.key, str(metadata.get("namespace", "")), str(metadata.get("name", "")))
-        return with_scale(current, scale)
+        return with_scale(current, scale, kind)
 
     @staticmethod
     def _settle_namespace(kind: Resource, metadata: Object) -> None:
@@ -305,7 +381,17 @@ class Registry:
         elif not metadata.get("namespace"):
             metadata["namespace"] = "default"
 
+    def _known(self, resource: str) -> Resource:
+        kind = self.resources.get(resource)
+        if kind is None:
+            raise ApiError(404, "NotFound", "the server could not find the requested resource")
+        return kind
+
     def _check_namespace(self, kind: Resource, metadata: Object) -> None:
+        if kind.is_custom:
+            definition = self.store.get(DEFINITIONS, "", kind.key)
+            if definition is None or "deletionTimestamp" in definition["metadata"]:
+                raise being_deleted(kind)
         if not kind.namespaced:
             return
         namespace = metadata["namespace"]
@@ -343,16 +429,18 @@ class Registry:
         return stored if waiting else self._remove(kind, stored)
 
 
-def _known(resource: str) -> Resource:
-    kind = BY_KEY.get(resource)
-    if kind is None:
-        raise ApiError(404, "NotFound", "the server could not find the requested resource")
-    return kind
-
-
 def _with_status_of(current: Object, new: Object) -> Object:
     kept = {field: value for field, value in current.items() if field != "status"}
     return {**kept, "status": new["status"]} if "status" in new else kept
+
+
+def _finalizers_for(finalizers: list[str], propagation: Propagation) -> list[str]:
+    """Source: registry/generic/registry/store.go, deletionFinalizersForGarbageCollection (v1.30)."""
+    if not propagation:
+        return list(finalizers)
+    others = [one for one in finalizers if one not in _PROPAGATION_FINALIZERS.values()]
+    wanted = _PROPAGATION_FINALIZERS.get(propagation)
+    return [*others, wanted] if wanted else others
 
 
 def _wrong_precondition(resource: str, name: str, what: str, given: str, have: str) -> ApiError:

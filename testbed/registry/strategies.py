@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from testbed.errors import Cause
+from testbed.manifests import kinds
 from testbed.manifests.kinds.causes import Causes, GoText
 from testbed.manifests.kinds.workloads import go_selector
 from testbed.model.cluster import ClusterConfig
@@ -27,6 +28,30 @@ class Strategy:
     def __init__(self, resource: Resource, config: ClusterConfig, pick: Callable[[int], int]) -> None:
         self.resource = resource
         self.config = config
+
+    def accepts(self, api_version: str) -> bool:
+        """Say whether objects may be written with this apiVersion."""
+        return api_version == self.resource.api_version
+
+    def decode(self, obj: Object) -> tuple[Object, list[str]]:
+        """Return a copy that fits the types of the kind, and what did not fit."""
+        return kinds.decode(obj)
+
+    def default(self, new: Object) -> None:
+        """Fill in the defaults of a decoded object."""
+        kinds.default_in_place(new)
+
+    def unknown_fields(self, obj: Object) -> list[str]:
+        """Return the paths of fields that the kind does not have."""
+        return kinds.unknown_fields(obj)
+
+    def validate(self, new: Object) -> list[Cause]:
+        """Return the problems of a decoded and defaulted object."""
+        return kinds.validate_decoded(new)
+
+    def validate_status(self, new: Object) -> list[Cause]:
+        """Return the problems of an object whose status was written."""
+        return kinds.validate_status(new)
 
     def prepare_for_create(self, new: Object) -> None:
         """Clear and set the fields that are not the client's to write."""
