@@ -23,8 +23,12 @@ _SUBRESOURCE_VERBS = {
     "scale": ["get", "patch", "update"],
     "finalize": ["update"],
     "binding": ["create"],
+    "eviction": ["create"],
+    "token": ["create"],
     "log": ["get"],
     "exec": ["create", "get"],
+    "attach": ["create", "get"],
+    "portforward": ["create", "get"],
 }
 
 
