@@ -75,7 +75,9 @@ class FakeKubelet:
 class World:
     """One cluster in memory. ``settle`` lets everything happen that needs no time to pass."""
 
-    def __init__(self, *, nodes: int = 3, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, *, nodes: int = 3, clock: Callable[[], float] | None = None, grace_s: float | None = None
+    ) -> None:  # fmt: skip
         self.now_s = 0.0
         self._clock = clock or (lambda: self.now_s)
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -83,7 +85,7 @@ class World:
         uids = count(1)
         self.errors: list[tuple[Key, Exception]] = []
         self.store = Store(now=self.now, new_uid=lambda: f"uid-{next(uids)}")
-        config = ClusterConfig()
+        config = ClusterConfig(node_monitor_grace_s=grace_s)
         self._chance = 1
         self.registry = Registry(self.store, config, now=self.now, new_uid=lambda: f"uid-{next(uids)}", pick=self._pick)
         self.driver = ControllerDriver(
@@ -147,6 +149,19 @@ class World:
         created = self.registry.create("nodes", node)
         conditions = [{"type": "Ready", "status": str(ready), "lastTransitionTime": self.now()}]
         return self.registry.update("nodes", {**created, "status": {"conditions": conditions}}, subresource="status")
+
+    def beat(self, name: str, *, ready: bool = True) -> None:
+        """Renew a node's Lease and say that it is ready, as its kubelet does."""
+        key = ("leases.coordination.k8s.io", "kube-node-lease", name)
+        spec = {"holderIdentity": name, "renewTime": f"{self.now()[:-1]}.000000Z"}
+        lease = self.store.get(*key)
+        if lease is None:
+            self.registry.create(key[0], {"metadata": {"name": name, "namespace": key[1]}, "spec": spec})
+        else:
+            self.registry.update(key[0], {**lease, "spec": spec})
+        node = self.get("nodes", name, "")
+        conditions = [{"type": "Ready", "status": str(ready), "lastTransitionTime": self.now()}]
+        self.registry.update("nodes", {**node, "status": {"conditions": conditions}}, subresource="status")
 
     def create(self, resource: str, obj: Object) -> Object:
         return self.registry.create(resource, obj)

@@ -268,9 +268,20 @@ class NodeWorld:
         ensure_system_namespaces(self.registry)
         self.runtime = FakeRuntime()
         self.catalogue = Catalogue(find_program=lambda name: None)
+        self._node = node
+        self.power_on()
+
+    def power_on(self) -> None:
+        """Start a kubelet."""
         self.kubelet = Kubelet(
-            node, self.registry, self.runtime, self.catalogue, cluster=self.cluster, clock=self.loop.time, now=self.now
-        )
+            self._node, self.registry, self.runtime, self.catalogue, cluster=self.cluster, clock=self.loop.time,
+            now=self.now,
+        )  # fmt: skip
+        self.task = asyncio.create_task(self.kubelet.run())
+
+    async def power_off(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
 
     def now(self) -> str:
         return (_EPOCH + timedelta(seconds=int(self.loop.time()))).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -331,13 +342,11 @@ class NodeWorld:
 async def node_world(node: NodeSpec = NODE) -> AsyncIterator[NodeWorld]:
     """A running kubelet; when the body ends it must still be running."""
     world = NodeWorld(node)
-    task = asyncio.create_task(world.kubelet.run())
     await asyncio.sleep(0)
     try:
         yield world
-        if task.done():
-            task.result()
+        if world.task.done():
+            world.task.result()
             raise AssertionError("the kubelet ended")
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await world.power_off()

@@ -146,6 +146,10 @@ class ApiClient:
         )
         return Watch(self._socket_path, _path(resource, namespace) + query, self._timeout_s)
 
+    def set_power(self, node: str, *, on: bool) -> None:
+        """Take away a node's power or give it back. ApiError 404 when there is no such node."""
+        self._call("PUT", f"/testbed/v1/nodes/{quote(node, safe='')}/power", {"on": on})
+
     def is_ready(self) -> bool:
         """Say whether the lab answers that it is ready."""
         try:

@@ -14,6 +14,7 @@ from testbed.controllers.events import record_event
 from testbed.controllers.garbage import GarbageCollector
 from testbed.controllers.index import ClusterIndex
 from testbed.controllers.job import JobController
+from testbed.controllers.nodes import NodeLifecycleController, TaintEvictionController
 from testbed.controllers.replicaset import ReplicaSetController
 from testbed.controllers.scheduler import Scheduler
 from testbed.controllers.system import NamespaceController, ServiceAccountController, ensure_system_namespaces
@@ -25,7 +26,7 @@ __all__ = ["Controller", "ControllerDriver", "default_controllers", "ensure_syst
 def default_controllers(config: ClusterConfig, *, pick: Callable[[int], int]) -> list[Controller]:
     """Return the controllers of a cluster, with an index that they share at the head.
 
-    None of them needs ``config`` or chance so far: the registry allocates addresses and makes up names.
+    None of them needs chance so far: the registry allocates addresses and makes up names.
     """
     index = ClusterIndex()
     return [
@@ -38,6 +39,8 @@ def default_controllers(config: ClusterConfig, *, pick: Callable[[int], int]) ->
         ReplicaSetController(index),
         DaemonSetController(index),
         JobController(index),
+        NodeLifecycleController(index, config),
+        TaintEvictionController(index),
         Scheduler(index),
         EndpointSliceController(index),
         EndpointsController(index),

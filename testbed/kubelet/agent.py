@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
@@ -11,12 +12,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from testbed.controllers.events import record_event
+from testbed.controllers.nodes import LEASE_NAMESPACE, LEASES
 from testbed.errors import ApiError
 from testbed.kubelet.container import ContainerRunner
-from testbed.kubelet.node import Machine, PodAddresses, node_object
+from testbed.kubelet.node import Machine, PodAddresses, node_object, node_status
 from testbed.kubelet.pod import PodWorker
 from testbed.kubelet.runtime import Runtime
-from testbed.model.cluster import ClusterConfig
+from testbed.model.cluster import DEFAULT_NODE_MONITOR_GRACE_S, ClusterConfig
 from testbed.model.objects import Object
 from testbed.model.topology import NodeSpec
 from testbed.programs.catalogue import Catalogue
@@ -24,7 +27,8 @@ from testbed.registry import Registry
 from testbed.store import Event, EventType
 
 _log = logging.getLogger("testbed.kubelet")
-HEARTBEAT_S = 10.0
+RENEWALS_PER_LEASE = 4  # nodeLeaseRenewIntervalFraction: 0.25
+STATUS_REPORT_S = 300.0  # nodeStatusReportFrequency: how often the conditions say that nothing has changed
 _SANDBOXES_AT_ONCE = 8  # each waits for the one spawner; more would only make the first ones ready later
 
 
@@ -67,12 +71,20 @@ class Kubelet:
         self.addresses = PodAddresses(spec.pod_cidr)
         self.references = References()
         self.slots = asyncio.Semaphore(_SANDBOXES_AT_ONCE)
+        self.is_down = False  # it has lost its machine: it must not say anything any more
+        lease_s = cluster.node_monitor_grace_s or DEFAULT_NODE_MONITOR_GRACE_S
+        self._lease_s = max(1, int(lease_s))
+        self._renew_s = lease_s / RENEWALS_PER_LEASE
         self._workers: dict[str, PodWorker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] | None = None
+        self._report_due = 0.0
 
     async def run(self) -> None:
-        """Register the node and serve its pods; raises what a worker could not cope with."""
+        """Register the node and serve its pods; raises what a worker could not cope with.
+
+        Cancelled, it behaves like a machine that loses its power: the pods are gone from the node, and nobody is told.
+        """
         self._failed = asyncio.get_running_loop().create_future()
         self._register()
         store = self.registry.store
@@ -82,14 +94,18 @@ class Kubelet:
             self._serve(pod)
         try:
             while not self._failed.done():
-                await asyncio.wait([self._failed], timeout=HEARTBEAT_S)
-                self._beat()
+                self._renew_lease()
+                await asyncio.wait([self._failed], timeout=self._renew_s)
+                if self.clock() >= self._report_due:
+                    self._report()
             self._failed.result()
         finally:
+            self.is_down = True
             for subscription in subscriptions:
                 subscription.cancel()
             for task in self._tasks:
                 task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run something beside everything else; its failure is the kubelet's."""
@@ -144,22 +160,60 @@ class Kubelet:
     # -- the node --------------------------------------------------------------------------------------------------
 
     def _register(self) -> None:
+        """Create the Node, or take up the one that this kubelet had before it went down; say what has begun."""
         node = node_object(self.spec, _machine(), self.now())
-        self.registry.create("nodes", node)
-        # creation ignores a status, as on a cluster
-        current = self.registry.get("nodes", "", self.node_name)
-        self.registry.update("nodes", {**current, "status": node["status"]}, subresource="status")
+        current = self.registry.store.get("nodes", "", self.node_name)
+        if current is None:
+            self.registry.create("nodes", node)
+            current = self.registry.get("nodes", "", self.node_name)
+        self._write_status(current, node["status"])
+        self._say("Starting", "Starting kubelet.")
+        self._say("NodeAllocatableEnforced", "Updated Node Allocatable limit across pods")
+        for reason in ("NodeHasSufficientMemory", "NodeHasNoDiskPressure", "NodeHasSufficientPID", "NodeReady"):
+            self._say(reason, f"Node {self.node_name} status is now: {reason}")
 
-    def _beat(self) -> None:
-        """Renew the heartbeat time of the node's conditions."""
-        try:
-            node = self.registry.get("nodes", "", self.node_name)
-        except ApiError:
-            return  # deleted by hand; a real kubelet does not register again either before it restarts
-        status = node.get("status") or {}
-        now = self.now()
-        conditions = [{**condition, "lastHeartbeatTime": now} for condition in status.get("conditions") or ()]
-        self.registry.update("nodes", {**node, "status": {**status, "conditions": conditions}}, subresource="status")
+    def _say(self, reason: str, message: str) -> None:
+        # upstream's kubelet gives the node's name for its uid, by which `kubectl describe node` looks for it
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": self.node_name, "uid": self.node_name}}
+        record_event(self.registry, node, "Normal", reason, message, "kubelet", host=self.node_name)
+
+    def _write_status(self, node: Object, status: Object) -> None:
+        """Write a status whose conditions keep their transition time while their value stays."""
+        self._report_due = self.clock() + STATUS_REPORT_S
+        known = {one["type"]: one for one in (node.get("status") or {}).get("conditions") or ()}
+        conditions = []
+        for one in status["conditions"]:
+            before = known.pop(one["type"], None)
+            if before is not None and before.get("status") == one["status"] and before.get("lastTransitionTime"):
+                one = {**one, "lastTransitionTime": before["lastTransitionTime"]}
+            conditions.append(one)
+        new = {**(node.get("status") or {}), **status, "conditions": [*known.values(), *conditions]}
+        self.registry.update("nodes", {**node, "status": new}, subresource="status")
+
+    def _report(self) -> None:
+        node = self.registry.store.get("nodes", "", self.node_name)
+        if node is not None:  # deleted by hand; a real kubelet does not register again either before it restarts
+            self._write_status(node, node_status(self.spec, _machine(), self.now()))
+
+    def _renew_lease(self) -> None:
+        """Renew the node's Lease: the sign of life that the node controller looks at."""
+        node = self.registry.store.get("nodes", "", self.node_name)
+        if node is None:
+            return
+        spec = {
+            "holderIdentity": self.node_name,
+            "leaseDurationSeconds": self._lease_s,
+            "renewTime": self.now().removesuffix("Z") + ".000000Z",
+        }
+        with contextlib.suppress(ApiError):  # somebody else's write came between, or the namespace is not there yet
+            current = self.registry.store.get(LEASES, LEASE_NAMESPACE, self.node_name)
+            if current is not None:
+                self.registry.update(LEASES, {**current, "spec": spec})
+                return
+            owner = {"apiVersion": "v1", "kind": "Node", "name": self.node_name, "uid": node["metadata"]["uid"]}
+            metadata = {"name": self.node_name, "namespace": LEASE_NAMESPACE, "ownerReferences": [owner]}
+            lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
+            self.registry.create(LEASES, lease)
 
 
 def _machine() -> Machine:

@@ -70,6 +70,28 @@ class ContainerRunner:
         self._hurried = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
 
+    def take_up(self, status: Mapping[str, Any] | None, *, is_over: bool) -> None:
+        """Go on from the status that an earlier kubelet wrote: what ran then is lost.
+
+        Source: kubelet_pods.go, convertToAPIContainerStatuses (ContainerStatusUnknown).
+        """
+        if status is None:
+            return
+        ended = (status.get("state") or {}).get("terminated")
+        state: Mapping[str, Any] = {"terminated": ended} if ended else terminated(
+            code=137, signal=0, reason="ContainerStatusUnknown",
+            message="The container could not be located when the pod was terminated",
+            started_at=((status.get("state") or {}).get("running") or {}).get("startedAt", "1970-01-01T00:00:00Z"),
+            finished_at=self._pod.now(), container_id=status["containerID"].rpartition("/")[2],
+        )  # fmt: skip
+        restarts = int(status.get("restartCount", 0))
+        if is_over:
+            self.view = replace(
+                self.view, state=state, restart_count=restarts, last_state=status.get("lastState") or {}
+            )
+        else:
+            self.view = replace(self.view, last_state=state, restart_count=restarts + 1)
+
     # -- the life of a container -----------------------------------------------------------------------------------
 
     async def run(self) -> int:

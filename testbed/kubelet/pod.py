@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from testbed.controllers.events import record_event
@@ -55,6 +56,21 @@ class PodWorker:
         for runner in self._main:
             runner.view = ContainerView(name=runner.name, image=runner.view.image, state=waiting(waiting_for))
         self._tasks: dict[ContainerRunner, asyncio.Task[int]] = {}
+        self._has_ended = self._take_up()
+
+    def _take_up(self) -> bool:
+        """Go on from what the status says that an earlier kubelet of this node did; say whether nothing is to be run.
+
+        Its containers are gone with it: those that ran have ended, and starting them again counts as a restart.
+        """
+        status = self.pod.get("status") or {}
+        known = {one["name"]: one for one in status.get("containerStatuses") or () if one.get("containerID")}
+        if status.get("startTime"):
+            self._start_time = status["startTime"]
+        never = self.pod["spec"].get("restartPolicy") == "Never"
+        for runner in self._main if known else ():
+            runner.take_up(known.get(runner.name), is_over=never)
+        return status.get("phase") in ("Succeeded", "Failed") or (bool(known) and never)
 
     def _runner(self, container: Mapping[str, Any], policy: str) -> ContainerRunner:
         return ContainerRunner(container, self, restart_policy=policy, grace_s=self._grace_s)
@@ -118,6 +134,8 @@ class PodWorker:
 
     async def _live(self) -> None:
         self.changed()
+        if self._has_ended:
+            return
         volumes = await self._volumes()
         await self._create_sandbox(volumes)
         for field in dict.fromkeys(
@@ -130,9 +148,7 @@ class PodWorker:
                 return
         for runner in self._main:
             if "waiting" in runner.view.state:
-                runner.view = ContainerView(
-                    name=runner.name, image=runner.view.image, state=waiting("ContainerCreating")
-                )
+                runner.view = replace(runner.view, state=waiting("ContainerCreating"))
             self._start(runner)
         # Not gather: when the pod is deleted this is cancelled, and the containers must live on until they have drained.
         await asyncio.wait([self._tasks[runner] for runner in self._main])
@@ -271,6 +287,8 @@ class PodWorker:
         await self.kubelet.references.wait_for(namespace_of(self.pod))
 
     def say(self, kind: str, reason: str, message: str, container: str = "") -> None:
+        if self.kubelet.is_down:
+            return
         field_path = f"spec.containers{{{container}}}" if container else ""
         record_event(
             self.kubelet.registry, self.pod, kind, reason, message, "kubelet", host=self.node, field_path=field_path
@@ -300,6 +318,8 @@ class PodWorker:
 
     def _write_status(self) -> None:
         self._status_due = False
+        if self.kubelet.is_down:
+            return
         registry = self.kubelet.registry
         current = registry.store.get("pods", namespace_of(self.pod), name_of(self.pod))
         if current is None or current["metadata"]["uid"] != self.uid:

@@ -17,7 +17,6 @@ from aiohttp import web
 from testbed.api.server import make_app
 from testbed.api.streams import add_stream_routes
 from testbed.controllers import ControllerDriver, default_controllers, ensure_system_namespaces
-from testbed.errors import LabError
 from testbed.kubelet.agent import Kubelet
 from testbed.lab.bootstrap import proxy_configuration, system_objects
 from testbed.lab.nodes import LabNodes
@@ -59,28 +58,28 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     driver.start()
     ensure_system_namespaces(registry)
 
-    nodes = LabNodes()
+    catalogue = Catalogue()
+    nodes = LabNodes(
+        request.topology.nodes,
+        runtime,
+        lambda node: Kubelet(node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now),
+    )
     app = make_app(registry, ready=lambda: True)
     add_stream_routes(app, registry, nodes)
+    nodes.add_routes(app)
     runner = web.AppRunner(app)
     await runner.setup()
     api_folder = f"{request.folder}/api"
     await web.UnixSite(runner, f"{api_folder}/api.sock").start()
     report(request.progress_fd, phase="api")
 
-    catalogue = Catalogue()
-    kubelets = [
-        Kubelet(node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now)
-        for node in request.topology.nodes
-    ]
-    nodes.add(kubelets)
-    tasks = [asyncio.create_task(kubelet.run(), name=f"kubelet {kubelet.node_name}") for kubelet in kubelets]
+    nodes.start()
     config = yaml.safe_dump(proxy_configuration(request.topology, request.proxy_mode), sort_keys=False)
     for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder):
         registry.create(_resource_key(obj), obj)
-    await _until_ready(store, tasks)
+    await _until_ready(store, nodes.failed)
     report(request.progress_fd, ready=True)
-    done, _ = await asyncio.wait([*tasks, runtime.gone], return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait([nodes.failed, runtime.gone], return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         task.result()
 
@@ -110,8 +109,8 @@ def _run_driver_after_events(store: Store, driver: ControllerDriver) -> None:
     store.subscribe(wake)
 
 
-async def _until_ready(store: Store, tasks: list[asyncio.Task[None]]) -> None:
-    """Return when kube-proxy is ready, which it is once it has synced, on every node."""
+async def _until_ready(store: Store, failed: asyncio.Future[None]) -> None:
+    """Return when kube-proxy is ready, which it is once it has synced, on every node; raise what a kubelet ended with."""
     ready = asyncio.get_running_loop().create_future()
 
     def look(event: Event) -> None:
@@ -122,9 +121,8 @@ async def _until_ready(store: Store, tasks: list[asyncio.Task[None]]) -> None:
 
     subscription = store.subscribe(look, "daemonsets.apps")
     try:
-        done, _ = await asyncio.wait([ready, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {ready}:
-            task.result()  # a kubelet never ends by itself: its exception says why
-            raise LabError("a kubelet ended")
+        done, _ = await asyncio.wait([ready, failed], return_when=asyncio.FIRST_COMPLETED)
+        if failed in done:
+            failed.result()
     finally:
         subscription.cancel()

@@ -145,6 +145,14 @@ class Lab(AbstractContextManager["Lab"]):
         """Plug or unplug the LAN link of a node or outside host."""
         self._ask("set_link", where=where, up=up)
 
+    def set_power(self, node: str, on: bool) -> None:
+        """Switch a node off (its kubelet, its pods, its link) or on again.
+
+        Raises:
+            ApiError: 404, there is no such node.
+        """
+        self.api.set_power(node, on=on)
+
     def signal_pod(self, namespace: str, name: str, signal_number: int) -> None:
         """Send a signal to the first process of each of a pod's containers."""
         self._ask("signal_pod", pod=f"{namespace}/{name}", signal_number=signal_number)

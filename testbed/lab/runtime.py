@@ -111,6 +111,10 @@ class SpawnerRuntime:
             raise
         return made
 
+    async def set_link(self, where: str, *, up: bool) -> None:
+        """Plug or unplug the LAN link of a node or outside host."""
+        await self._ask("set_link", where=where, up=up)
+
     async def _ask(self, operation: str, **arguments: Any) -> Any:
         return (await self._ask_with_fds(operation, **arguments))[0]
 

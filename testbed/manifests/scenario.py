@@ -157,6 +157,7 @@ class FaultWire(Wire):
     stop: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGSTOP")] | None = None
     start: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGCONT")] | None = None
     link: Annotated[str, Meta(description="a node or outside host")] | None = None
+    node: Annotated[str, Meta(description="a node: with down, its power is cut")] | None = None
     down: bool | None = None
 
 
@@ -521,18 +522,28 @@ class _Reader:
         )
 
     def _fault(self, wire: FaultWire, about: dict[str, Any]) -> FaultStep | None:
-        action = self._one_of(wire, ("kill", "stop", "start", "link"))
-        if wire.down is not None and action != "link":
-            self.refuse(wire, "down", reason="goes with link only")
+        action = self._one_of(wire, ("kill", "stop", "start", "link", "node"))
+        if wire.down is not None and action not in ("link", "node"):
+            self.refuse(wire, "down", reason="goes with link and node only")
         if action is None:
             return None
         text: str = getattr(wire, action)
-        if action == "link":
+        if action in ("link", "node"):
             if wire.down is None:
                 self.refuse(wire, reason='required field "down" is missing')
                 return None
-            if not self._is_machine(wire, text, "link"):
+            if not self._is_machine(wire, text, action):
                 return None
+            if action == "node":
+                if self.topology is not None and text in {host.name for host in self.topology.hosts}:
+                    self.refuse(wire, "node", reason=f"{text!r} is an outside host; only nodes can be switched off")
+                    return None
+                title = f"switch node {text} {'off' if wire.down else 'on again'}"
+                return FaultStep(
+                    action=FaultAction.NODE_DOWN if wire.down else FaultAction.NODE_UP,
+                    node=text,
+                    **_titled(about, title),
+                )
             title = f"{'cut' if wire.down else 'restore'} the link of {text}"
             return FaultStep(
                 action=FaultAction.LINK_DOWN if wire.down else FaultAction.LINK_UP, node=text, **_titled(about, title)

@@ -20,6 +20,7 @@ from testbed.manifests.scalars import (
     BRIDGE_PREFIX,
     Delay,
     Domain,
+    Duration,
     InterfaceName,
     Label,
     LabelKey,
@@ -33,6 +34,7 @@ from testbed.manifests.scalars import (
 from testbed.manifests.source import Document, parse_documents, read_text
 from testbed.manifests.text import suggestion
 from testbed.model.cluster import (
+    DEFAULT_NODE_MONITOR_GRACE_S,
     DEFAULT_DOMAIN,
     DEFAULT_NODE_PORT_RANGE,
     DEFAULT_POD_CIDR,
@@ -45,6 +47,7 @@ from testbed.model.topology import DEFAULT_INTERFACE, HostSpec, LinkSpec, Networ
 TOPOLOGIES = Path(__file__).resolve().parents[2] / "topologies"
 NODE_MASK_BITS = 24  # kube-controller-manager --node-cidr-mask-size
 _SMALLEST_NETWORK = 30  # prefix length: a gateway and one machine
+_SHORTEST_GRACE_S = 2.0  # times of objects have whole seconds
 _LARGEST_SERVICE_CIDR = 12  # kube-apiserver takes no more than 20 bits of addresses
 
 # ── the format ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -119,6 +122,9 @@ class ClusterWire(Wire):
     node_port_range: PortRange | None = None
     domain: Domain | None = None
     dns: Annotated[IPv4Address | None, Meta(description="default: the tenth address of the serviceCIDR")] = None
+    node_monitor_grace_period: (
+        Annotated[Duration, Meta(description="how long a node may be silent before it is NotReady; default 40s")] | None
+    ) = None
 
 
 class SpecWire(Wire):
@@ -337,6 +343,9 @@ class _Reader:
             dns = service_cidr[DNS_OFFSET]
         else:
             dns = service_cidr[2]
+        grace_s = wire.node_monitor_grace_period
+        if grace_s is not None and grace_s < _SHORTEST_GRACE_S:
+            self.refuse(wire, "nodeMonitorGracePeriod", reason=f"{grace_s:g}s is less than {_SHORTEST_GRACE_S:g}s")
         for name, cidr in (("podCIDR", wire.pod_cidr), ("serviceCIDR", wire.service_cidr)):
             if cidr is not None and (reason := _unusable(cidr)):
                 self.refuse(wire, name, reason=f"{cidr} {reason}")
@@ -346,6 +355,7 @@ class _Reader:
             node_port_range=wire.node_port_range or DEFAULT_NODE_PORT_RANGE,
             domain=str(wire.domain or DEFAULT_DOMAIN),
             dns=dns,
+            node_monitor_grace_s=float(wire.node_monitor_grace_period or DEFAULT_NODE_MONITOR_GRACE_S),
         )
 
     def _check_overlaps(self, cluster: ClusterConfig) -> None:

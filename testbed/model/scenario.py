@@ -216,11 +216,13 @@ class FaultAction(Enum):
     START = "start"  # SIGCONT
     LINK_DOWN = "link down"
     LINK_UP = "link up"
+    NODE_DOWN = "node down"  # the kubelet stops, its pods are gone, the link is cut: a power cut
+    NODE_UP = "node up"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultStep(StepBase):
-    """Break something: the selected pods (with ``node``: those on it), or the LAN link of machine ``node``."""
+    """Break something: the selected pods (with ``node``: those on it), the LAN link of machine ``node``, or that node."""
 
     action: FaultAction
     pods: Selector | None = None

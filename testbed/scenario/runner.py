@@ -281,6 +281,9 @@ class _Runner:
     # -- faults ----------------------------------------------------------------------------------------------------
 
     def _fault(self, step: FaultStep) -> Attempt:
+        if step.action in (FaultAction.NODE_DOWN, FaultAction.NODE_UP):
+            self._lab.set_power(step.node, step.action is FaultAction.NODE_UP)
+            return Attempt(passed=True)
         if step.pods is None:
             self._lab.set_link(step.node, step.action is FaultAction.LINK_UP)
             return Attempt(passed=True)

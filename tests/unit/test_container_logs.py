@@ -68,13 +68,13 @@ def test_what_is_read(log: ContainerLog, options: dict[str, Any], text: str) -> 
 def test_lines_appear_when_they_are_complete(clock: Clock) -> None:
     """A line that comes in parts is one line, whatever the other stream says meanwhile; the rest comes at the end."""
     log = ContainerLog(clock)
-    log.write(STDOUT, b"hel")
+    log.write(STDOUT, b"spl")
     log.write(STDERR, b"oops\n")
     assert read(log) == "oops\n"
-    log.write(STDOUT, b"lo\nlast")
-    assert read(log) == "oops\nhello\n"
+    log.write(STDOUT, b"it\nlast")
+    assert read(log) == "oops\nsplit\n"
     log.close()
-    assert read(log) == "oops\nhello\nlast"
+    assert read(log) == "oops\nsplit\nlast"
 
 
 def test_the_oldest_lines_are_dropped(clock: Clock) -> None:

@@ -243,7 +243,9 @@ def test_the_same_event_is_counted(world: World) -> None:
     world.advance(60)
     record_event(world.registry, obj, "Warning", "Bad", "it is bad", "tester")
     record_event(world.registry, obj, "Warning", "Bad", "it is worse", "tester")
-    first, second = sorted(world.store.list("events"), key=lambda one: -one["count"])
+    first, second = sorted(
+        (one for one in world.store.list("events") if one["reason"] == "Bad"), key=lambda one: -one["count"]
+    )
     assert (first["count"], second["count"]) == (2, 1)
     assert (first["firstTimestamp"], first["lastTimestamp"]) == ("2024-01-01T00:00:00Z", "2024-01-01T00:01:00Z")
     assert first["involvedObject"]["uid"] == obj["metadata"]["uid"]
@@ -254,7 +256,7 @@ def test_an_event_that_cannot_be_written_fails_nothing(world: World) -> None:
     """Events about objects of a namespace that is gone are dropped."""
     gone = {"kind": "Pod", "apiVersion": "v1", "metadata": {"name": "p", "namespace": "nowhere", "uid": "u"}}
     record_event(world.registry, gone, "Normal", "Ended", "bye", "tester")
-    assert world.store.list("events") == []
+    assert not any(one["reason"] == "Ended" for one in world.store.list("events"))
 
 
 # --- the driver ------------------------------------------------------------------------------------------------------

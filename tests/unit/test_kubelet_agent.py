@@ -808,7 +808,7 @@ def test_deleting_a_pod_at_any_moment_leaves_nothing() -> None:
 
 
 def test_the_node_is_registered_and_beats() -> None:
-    """The Node is there with its pod CIDR and ready, and its heartbeat moves on while the transition time stays."""
+    """The Node is there with its pod CIDR and ready; its Lease is renewed every 10 s, its status said again in 5 minutes."""
 
     async def main() -> None:
         async with node_world() as world:
@@ -820,11 +820,44 @@ def test_the_node_is_registered_and_beats() -> None:
             first = ready()
             assert first["status"] == "True"
             assert world.registry.get("nodes", "", "node1")["spec"]["podCIDR"] == "10.244.1.0/24"
+            lease = world.registry.get("leases.coordination.k8s.io", "kube-node-lease", "node1")
+            assert lease["spec"] == {
+                "holderIdentity": "node1", "leaseDurationSeconds": 40, "renewTime": "2024-01-01T00:00:00.000000Z"
+            }  # fmt: skip
+            assert [one["kind"] for one in lease["metadata"]["ownerReferences"]] == ["Node"]
             await asyncio.sleep(25)
+            assert ready() == first
+            lease = world.registry.get("leases.coordination.k8s.io", "kube-node-lease", "node1")
+            assert lease["spec"]["renewTime"] == "2024-01-01T00:00:20.000000Z"
+            await asyncio.sleep(300)
             later = ready()
             assert later["lastHeartbeatTime"] > first["lastHeartbeatTime"]
             assert later["lastTransitionTime"] == first["lastTransitionTime"]
             world.registry.delete("nodes", "", "node1")
             await asyncio.sleep(25)
+
+    run(main)
+
+
+def test_a_node_that_loses_its_power_and_gets_it_back() -> None:
+    """The pods are gone from the machine and nobody is told; booted, it starts those that are still bound to it again."""
+
+    async def main() -> None:
+        async with node_world() as world:
+            world.pod()
+            world.pod("once", spec={"restartPolicy": "Never"})
+            await world.until(lambda: world.is_ready() and world.is_ready("once"))
+            before = world.get()
+            await world.power_off()
+            assert world.runtime.sandboxes == {}
+            await asyncio.sleep(100)
+            assert world.get() == before
+            world.power_on()
+            await world.until(lambda: world.container().get("restartCount") == 1 and world.is_ready())
+            last = world.container()["lastState"]["terminated"]
+            assert (last["reason"], last["exitCode"]) == ("ContainerStatusUnknown", 137)
+            # What must not run twice has failed, and is not started again.
+            await world.until(lambda: world.status("once")["phase"] == "Failed")
+            assert world.container("once")["restartCount"] == 0
 
     run(main)

@@ -251,8 +251,9 @@ EXPECT = 'get: "http://1.2.3.4/"'
          "fault.link: topology 'three-nodes' has no node or host 'node9' (did you mean \"node3\"?)"),
         ("fault: {kill: dev/shell@node9}",
          "fault.kill: topology 'three-nodes' has no node or host 'node9' (did you mean \"node3\"?)"),
-        ("fault: {kill: dev/shell, down: true}", "fault.down: goes with link only"),
-        ("fault: {kill: dev/shell, stop: dev/shell}", "fault: wants exactly one of kill, stop, start, link; got kill and stop"),
+        ("fault: {kill: dev/shell, down: true}", "fault.down: goes with link and node only"),
+        ("fault: {node: client, down: true}", "fault.node: 'client' is an outside host; only nodes can be switched off"),
+        ("fault: {kill: dev/shell, stop: dev/shell}", "fault: wants exactly one of kill, stop, start, link, node; got kill and stop"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, step: str, problem: str) -> None:

@@ -281,6 +281,7 @@ def test_a_node_that_becomes_ready_takes_pods(world: World) -> None:
     assert world.messages("FailedScheduling")[0].startswith(
         "0/1 nodes are available: 1 node(s) had untolerated taint {node.kubernetes.io/not-ready: }."
     )
+    unready = world.get("nodes", "n1", "")
     beat = {**unready["status"]["conditions"][0], "lastHeartbeatTime": "2024-01-01T00:00:10Z"}
     world.registry.update("nodes", {**unready, "status": {"conditions": [beat]}}, subresource="status")
     world.settle()

@@ -84,6 +84,7 @@ def test_a_full_file_becomes_a_topology(tmp_path: Path) -> None:
     assert topology.hosts == (client,)
     assert topology.links == (LinkSpec(between=("node1", "lan"), rate_mbit=1000.0, delay_ms=10.0, loss_percent=1.0),)
     assert topology.cluster == ClusterConfig(
+        node_monitor_grace_s=40.0,
         pod_cidr=IPv4Network("10.244.0.0/16"),
         service_cidr=IPv4Network("10.96.0.0/22"),
         node_port_range=(30000, 32767),
@@ -103,7 +104,7 @@ def test_cluster_defaults_are_those_of_kubernetes(tmp_path: Path) -> None:
     path = tmp_path / "t.yaml"
     path.write_text(text.replace("podCIDR: 10.244.1.0/24", "podCIDR: 10.244.0.0/23"))
     topology = load_topology(path)
-    assert topology.cluster == ClusterConfig()
+    assert topology.cluster == ClusterConfig(node_monitor_grace_s=40.0)
     assert str(topology.cluster.service_cidr) == "10.96.0.0/12"
     assert str(topology.cluster.dns) == "10.96.0.10"
     assert [str(node.pod_cidr) for node in topology.nodes] == ["10.244.0.0/23", "10.244.2.0/24"]
