@@ -21,6 +21,9 @@ from testbed.kubelet.specs import RefusedContainer, Start
 from testbed.kubelet.status import ContainerView, container_status, running, terminated, waiting
 
 
+_NO_LIMIT_S = 86400.0  # a postStart hook may take as long as it likes
+
+
 class Surroundings(Protocol):
     """What a container asks of the pod that it is part of."""
 
@@ -140,7 +143,7 @@ class ContainerRunner:
         pod.say("Normal", "Created", f"Created container {self.name}", self.name)
         pod.say("Normal", "Started", f"Started container {self.name}", self.name)
         self._show(state=running(started_at), container_id=container_id)
-        probing = asyncio.create_task(self._probe(container_id), name=f"probes {self.name}")
+        probing = asyncio.create_task(self._watch_over(container_id), name=f"probes {self.name}")
         try:
             if self._stopping:  # asked to while it was being started
                 await self._end(container_id)
@@ -188,6 +191,22 @@ class ContainerRunner:
     async def _remove(self, container_id: str) -> None:
         await self._pod.runtime.remove_container(container_id)
 
+    async def _watch_over(self, container_id: str) -> None:
+        """Run the postStart hook, then the probes; a hook that fails ends this start of the container."""
+        hook = (self.definition.get("lifecycle") or {}).get("postStart")
+        if hook:
+            succeeded, _ = await probe(
+                self._pod.runtime, hook, self.definition, container_id, node=self._pod.node, address=self._pod.address,
+                timeout_s=_NO_LIMIT_S,
+            )  # fmt: skip
+            if not succeeded:
+                if not self._stopping:
+                    self._pod.say("Warning", "FailedPostStartHook", "PostStartHook failed", self.name)
+                    self._pod.say("Normal", "Killing", "FailedPostStartHook", self.name)
+                    self._ending = asyncio.create_task(self._end(container_id))
+                return
+        await self._probe(container_id)
+
     # -- probes ----------------------------------------------------------------------------------------------------
 
     async def _probe(self, container_id: str) -> None:
@@ -211,13 +230,15 @@ class ContainerRunner:
             for task in tasks:
                 task.cancel()
 
-    async def _ask(self, definition: Mapping[str, Any], container_id: str, kind: str, timeout_s: float) -> bool:
+    async def _ask(
+        self, definition: Mapping[str, Any], container_id: str, kind: str, timeout_s: float, *, tell: bool = True
+    ) -> bool:  # fmt: skip
         pod = self._pod
         healthy, words = await probe(
             pod.runtime, definition, self.definition, container_id, node=pod.node, address=pod.address,
             timeout_s=timeout_s,
         )  # fmt: skip
-        if not healthy and not self._stopping:
+        if not healthy and tell and not self._stopping:
             pod.say("Warning", "Unhealthy", f"{kind} probe failed: {words}", self.name)
         return healthy
 
@@ -225,13 +246,14 @@ class ContainerRunner:
         timing = timing_of(definition)
         state = ProbeState(timing, begins_as=False)
         await asyncio.sleep(timing.initial_delay_s)
-        # In a hurry only as far as time goes: failures count once a period, as the threshold means them.
+        # In a hurry only as far as time goes: failures are told and counted once a period, as a kubelet probes.
         failures_due = self._pod.clock() + timing.period_s
         while True:
-            if await self._ask(definition, container_id, "Startup", timing.timeout_s):
+            is_due = self._pod.clock() >= failures_due
+            if await self._ask(definition, container_id, "Startup", timing.timeout_s, tell=is_due):
                 if state.observe(True):
                     return True
-            elif self._pod.clock() >= failures_due:
+            elif is_due:
                 failures_due += timing.period_s  # not from now on: tries come late, and would ever be later
                 if state.observe(False):
                     await self._kill_unhealthy(container_id, "startup")
@@ -242,8 +264,13 @@ class ContainerRunner:
         timing = timing_of(definition)
         state = ProbeState(timing, begins_as=False)
         await asyncio.sleep(timing.initial_delay_s)
+        failures_due = self._pod.clock() + timing.period_s
         while True:
-            state.observe(await self._ask(definition, container_id, "Readiness", timing.timeout_s))
+            is_due = not state.is_hurrying or self._pod.clock() >= failures_due
+            healthy = await self._ask(definition, container_id, "Readiness", timing.timeout_s, tell=is_due)
+            if is_due and not healthy:
+                failures_due += timing.period_s
+            state.observe(healthy)
             if state.verdict != self.view.is_ready:
                 self._show(is_ready=state.verdict)
             await asyncio.sleep(state.next_delay_s(hurry=True))
@@ -310,9 +337,9 @@ class ContainerRunner:
                 )
             )
             if not await self._within_grace(running_hook):
-                pod.say("Warning", "FailedPreStopHook", "PreStopHook failed: it took the whole grace period", self.name)
+                pod.say("Warning", "FailedPreStopHook", "PreStopHook failed", self.name)
             elif not running_hook.result()[0]:
-                pod.say("Warning", "FailedPreStopHook", f"PreStopHook failed: {running_hook.result()[1]}", self.name)
+                pod.say("Warning", "FailedPreStopHook", "PreStopHook failed", self.name)
             # after a preStop hook that took it all, two more seconds (kuberuntime_container.go)
             if self._grace_s() > 0:
                 self._deadline_s = max(self._deadline_s, pod.clock() + 2.0)

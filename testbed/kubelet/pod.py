@@ -91,6 +91,8 @@ class PodWorker:
         self.pod = pod
         if is_terminating(pod):
             self._delete()
+        if pod["spec"].get("readinessGates"):  # somebody else's conditions: they may open or close the pod
+            self.changed()
 
     def _delete(self) -> None:
         if self._deleted.is_set():  # once more, perhaps with a shorter grace period

@@ -59,11 +59,17 @@ class ProbeState:
         self.verdict = succeeded
         return True
 
+    @property
+    def is_hurrying(self) -> bool:
+        """Whether tries come more often than once a period: it has not succeeded yet."""
+        return self._never_succeeded
+
     def next_delay_s(self, *, hurry: bool) -> float:
         """Return the time until the next probe.
 
         With ``hurry`` (readiness and startup), a probe that has never succeeded is tried again after 0.1, 0.2, 0.4 … s:
-        waiting out the period would only make starting slower, and no result of it can make anything worse.
+        waiting out the period would only make starting slower, and no result of it can make anything worse. Only the
+        tries that a period would have had are told in events.
         """
         if not hurry or not self._never_succeeded:
             return self._timing.period_s

@@ -19,7 +19,8 @@ class Volume:
     """Something to mount. With ``files`` it is filled with them; with ``host_path`` it is that path of the node."""
 
     name: str
-    files: Mapping[str, str] | None = None  # relative path -> text; None for an emptyDir
+    #: Relative path -> text, bytes that are not UTF-8 as surrogate escapes (PEP 383); None for an emptyDir.
+    files: Mapping[str, str] | None = None
     host_path: str = ""
 
 

@@ -155,7 +155,7 @@ def _conditions(
             "" if initialized else "ContainersNotInitialized",
             "" if initialized else f"containers with incomplete status: [{' '.join(uninitialized)}]",
         ),
-        ("Ready", ready, reason, message),
+        ("Ready", *_pod_ready(pod, ready, reason, message)),
         ("ContainersReady", ready, reason, message),
         ("PodScheduled", True, "", ""),
     ]
@@ -164,6 +164,24 @@ def _conditions(
         _condition(known.pop(type_, None), type_, is_true, why, words, now) for type_, is_true, why, words in wanted
     ]
     return conditions + list(known.values())
+
+
+def _pod_ready(pod: Object, containers_ready: bool, reason: str, message: str) -> tuple[bool, str, str]:
+    """Return whether a pod is ready: its containers are, and every readiness gate is open.
+
+    Source: pkg/kubelet/status/generate.go, GeneratePodReadyCondition (v1.30).
+    """
+    if not containers_ready:
+        return False, reason, message
+    have = {one["type"]: one.get("status") for one in (pod.get("status") or {}).get("conditions") or ()}
+    closed = []
+    for gate in pod["spec"].get("readinessGates") or ():
+        kind = gate["conditionType"]
+        if kind not in have:
+            closed.append(f'corresponding condition of pod readiness gate "{kind}" does not exist.')
+        elif have[kind] != "True":
+            closed.append(f'the status of pod readiness gate "{kind}" is not "True", but {have[kind]}')
+    return (False, "ReadinessGatesNotReady", ", ".join(closed)) if closed else (True, "", "")
 
 
 def _is_done(view: ContainerView, *, is_sidecar: bool) -> bool:

@@ -239,7 +239,7 @@ class Spawner:
                 raise InputError(f"{sandbox.name}: volume {name!r}: file name {relative!r} leads out of the volume")
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f"..{path.name}.new")
-            new.write_text(text)
+            new.write_bytes(text.encode(errors="surrogateescape"))  # binary data comes like this
             new.replace(path)
             wanted.add(path)
         for path in [path for path in folder.rglob("*") if path.is_file() and path not in wanted]:

@@ -222,13 +222,18 @@ def test_volumes(spawner: socket.socket) -> None:
                 runtime, "cat /etc/config/a.txt /opt/here.txt; echo data > /scratch/f; touch /etc/config/x 2>&1"
             )
         ]
-        await runtime.update_volume("uid-1", "config", {"b.txt": "two"})
+        await runtime.update_volume(
+            "uid-1", "config", {"b.txt": "two", "raw": b"\xff\x00".decode(errors="surrogateescape")}
+        )
         await runtime.start_container(container("sleep", "60", container_id="c2", name="second", mounts=mounts))
-        return [*seen, await shell(runtime, "ls /etc/config; cat /etc/config/b.txt /scratch/f", "c2")]
+        return [
+            *seen,
+            await shell(runtime, "ls /etc/config; od -An -tx1 /etc/config/raw; cat /etc/config/b.txt /scratch/f", "c2"),
+        ]
 
     assert with_runtime(spawner, test) == [
         "oneonetouch: cannot touch '/etc/config/x': Read-only file system\n",
-        "b.txt\ntwodata\n",
+        "b.txt\nraw\n ff 00\ntwodata\n",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from ipaddress import IPv4Address, IPv4Network
 from itertools import pairwise
 from typing import Any
@@ -859,5 +860,79 @@ def test_a_node_that_loses_its_power_and_gets_it_back() -> None:
             # What must not run twice has failed, and is not started again.
             await world.until(lambda: world.status("once")["phase"] == "Failed")
             assert world.container("once")["restartCount"] == 0
+
+    run(main)
+
+
+def test_a_post_start_hook_that_fails() -> None:
+    """The container is ended and started again; while the hook runs it is not ready."""
+
+    async def main() -> None:
+        async with node_world() as world:
+            world.runtime.behaviours["web"] = Behaviour(exec_status=1)
+            world.pod(lifecycle={"postStart": {"exec": {"command": ["prepare"]}}})
+            await world.until(lambda: world.container().get("restartCount") == 1)
+            assert world.events("FailedPostStartHook") == ["PostStartHook failed"]
+            assert world.events("Killing") == ["FailedPostStartHook"]
+            world.pod("slow", lifecycle={"postStart": {"exec": {"command": ["sleep", "20"]}}})
+            await world.until(lambda: world.runtime.times("exec", "sleep 20"))
+            await world.stays(lambda: not world.is_ready("slow"), 15)
+            await world.until(lambda: world.is_ready("slow"))
+
+    run(main)
+
+
+def test_a_readiness_gate() -> None:
+    """A pod whose containers are ready is not, before somebody else has said so in a condition of its own."""
+
+    async def main() -> None:
+        async with node_world() as world:
+            containers = [{"name": "web", "image": "nginx"}]
+            world.pod(spec={"containers": containers, "readinessGates": [{"conditionType": "example.com/ok"}]})
+            await world.until(lambda: world.condition("ContainersReady") == "True")
+            assert not world.is_ready()
+            (ready,) = [one for one in world.status()["conditions"] if one["type"] == "Ready"]
+            assert ready["reason"] == "ReadinessGatesNotReady"
+            assert ready["message"] == (
+                'corresponding condition of pod readiness gate "example.com/ok" does not exist.'
+            )
+            conditions = [*world.status()["conditions"], {"type": "example.com/ok", "status": "True"}]
+            world.registry.patch("pods", "default", "web", {"status": {"conditions": conditions}}, subresource="status")
+            await world.until(world.is_ready)
+
+    run(main)
+
+
+def test_a_slow_start_is_no_news() -> None:
+    """Probes are tried often at first, and told only as often as a period is long."""
+
+    async def main() -> None:
+        async with node_world() as world:
+            world.pod(readinessProbe={"httpGet": {"port": 80}, "periodSeconds": 10})
+            await asyncio.sleep(5)
+            assert len(world.runtime.times("connect")) > 4
+            assert world.events("Unhealthy") == []
+            await asyncio.sleep(28)
+            (event,) = [one for one in world.registry.list("events") if one["reason"] == "Unhealthy"]
+            assert event["count"] in (2, 3)
+
+    run(main)
+
+
+def test_data_that_is_no_text() -> None:
+    """Binary data of ConfigMaps and Secrets becomes files of the same bytes."""
+
+    async def main() -> None:
+        async with node_world() as world:
+            data = bytes(range(256))
+            world.create("configmaps", "c", binaryData={"raw": base64.b64encode(data).decode()})
+            world.create("secrets", "s", data={"raw": base64.b64encode(data).decode()})
+            volumes = [{"name": "c", "configMap": {"name": "c"}}, {"name": "s", "secret": {"secretName": "s"}}]
+            pod = world.pod(spec={"volumes": volumes})
+            await world.until(world.is_ready)
+            for name in ("c", "s"):
+                files = world.runtime.volumes[pod["metadata"]["uid"], name]
+                assert files is not None
+                assert files["raw"].encode(errors="surrogateescape") == data
 
     run(main)
