@@ -49,6 +49,7 @@ class Kubelet:
     def __init__(
         self, spec: NodeSpec, registry: Registry, runtime: Runtime, catalogue: Catalogue, *, cluster: ClusterConfig,
         clock: Callable[[], float], now: Callable[[], str], node_resolv_conf: str = "",
+        token_of: Callable[[Object], str] | None = None,
     ) -> None:  # fmt: skip
         self.spec = spec
         self.node_name = spec.name
@@ -60,6 +61,7 @@ class Kubelet:
         self.clock = clock
         self.now = now
         self.node_resolv_conf = node_resolv_conf
+        self.token_of = token_of
         self.addresses = PodAddresses(spec.pod_cidr)
         self.references = References()
         self.slots = asyncio.Semaphore(_SANDBOXES_AT_ONCE)

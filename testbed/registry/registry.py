@@ -262,7 +262,7 @@ class Registry:
             raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
         return self.update(resource, new, subresource=subresource, dry_run=dry_run)
 
-    def unknown_fields(self, resource: str, obj: Object) -> list[str]:
+    def unknown_fields(self, resource: str, obj: Object) -> Sequence[str]:
         """Return the paths of fields in ``obj``, as a client sent it, that its kind does not have."""
         return self._strategies[resource].unknown_fields(obj)
 
@@ -306,9 +306,14 @@ class Registry:
             grace = _pod_grace_s(current, grace_s) if kind.key == "pods" else 0
         self.admission.validate(
             AdmissionRequest(
-                operation="DELETE", resource=kind, namespace=namespace, name=name, object=None, old=current,
+                operation="DELETE",
+                resource=kind,
+                namespace=namespace,
+                name=name,
+                object=None,
+                old=current,
                 dry_run=dry_run,
-            )  # fmt: skip
+            )
         )
         already = metadata.get("deletionGracePeriodSeconds") if "deletionTimestamp" in metadata else None
         if dry_run:
