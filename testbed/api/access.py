@@ -82,9 +82,7 @@ class Tokens:
             "nbf": now,
             "sub": f"system:serviceaccount:{namespace}:{name}",
         }
-        signed = (
-            f"{_encoded(json.dumps({'alg': 'HS256', 'typ': 'JWT'}).encode())}.{_encoded(json.dumps(claims).encode())}"
-        )
+        signed = ".".join(_encoded(_compact(part)) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
         return f"{signed}.{_encoded(self._signature(signed))}"
 
     def user_of(self, token: str, find_account: FindAccount) -> User | None:
@@ -109,6 +107,10 @@ class Tokens:
 
     def _signature(self, text: str) -> bytes:
         return hmac.digest(self._key, text.encode(), hashlib.sha256)
+
+
+def _compact(value: Object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _encoded(value: bytes) -> str:

@@ -9,13 +9,15 @@ from typing import Any, get_args
 import msgspec
 from aiohttp import web
 
+from testbed.api.protobuf import CONTENT_TYPE as PROTOBUF
+from testbed.api.protobuf import parse_protobuf
 from testbed.errors import ApiError
 from testbed.model.objects import Object, Resource
 from testbed.registry.errors import bad_request, undecodable
 from testbed.registry.registry import Propagation, Registry
 
 _JSON_TYPES = ("application/json", "application/octet-stream", "")
-_ACCEPTED = "application/json, application/yaml"
+_ACCEPTED = "application/json, application/yaml, application/vnd.kubernetes.protobuf"
 _decode = msgspec.json.Decoder().decode
 
 
@@ -32,6 +34,8 @@ async def read_object(request: web.Request) -> tuple[Object, list[str]]:
         return parse_json(body), _duplicates(body)
     if request.content_type == "application/yaml":
         return _parse_yaml(body), []
+    if request.content_type == PROTOBUF:
+        return parse_protobuf(body), []
     raise unsupported_media_type(_ACCEPTED)
 
 
@@ -61,11 +65,6 @@ def _parse_yaml(body: bytes) -> Object:
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise bad_request(f"couldn't parse the body of the request as YAML: {reason}") from None
-
-
-def parse_yaml_or_json(body: bytes) -> Object:
-    """Return the object in a body that may be YAML."""
-    return parse_json(body) if body.lstrip()[:1] == b"{" else _parse_yaml(body)
 
 
 class _Duplicated(dict[str, Any]):
@@ -156,9 +155,9 @@ class DeleteOptions:
 async def read_delete_options(request: web.Request) -> DeleteOptions:
     """Return the options of a DELETE; the query counts where the body says nothing."""
     body = await request.read()
-    if body.strip() and request.content_type not in (*_JSON_TYPES, "application/yaml"):
-        raise unsupported_media_type(_ACCEPTED)
-    return delete_options(request, parse_yaml_or_json(body) if body.strip() else {})
+    if not body.strip():
+        return delete_options(request, {})
+    return delete_options(request, (await read_object(request))[0])
 
 
 def delete_options(request: web.Request, given: Object) -> DeleteOptions:
