@@ -213,7 +213,8 @@ class Registry:
             commit = nothing
         else:
             commit = strategy.allocate(current, new)
-            _refuse_if(kind, name, [*strategy.validate_update(current, new), *strategy.validate(new)])
+            step, state = strategy.validate_update(current, new), strategy.validate(new)
+            _refuse_if(kind, name, [*state, *step] if strategy.judges_step_last else [*step, *state])
             strategy.settle_generation(current, new)
         self.admission.validate(request)
         new["apiVersion"] = kind.api_version

@@ -10,7 +10,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from support import BUNDLED, Server, serving_world
+from support import BUNDLED, Server, serving_world  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -164,6 +164,9 @@ def normalised(text: str) -> str:
     """Return kubectl's output without what changes from run to run."""
     for pattern, replacement in _CHANGING:
         text = pattern.sub(replacement, text)
+    head, found, events = text.partition("\nEvents:\n")
+    if found:  # its columns are as wide as the ages are
+        text = head + found + re.sub(r"(?<=\S) {2,}", "  ", events)
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
