@@ -316,7 +316,7 @@ def test_strict_and_lenient_field_validation(lab: Lab) -> None:
         ("POST", "/api/v1/namespaces/dev/services", b'{"metadata":{"managedFields":[{"fieldsV1":' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}]}}", {"Content_Type": "application/json"}, 400),
         ("POST", "/api/v1/namespaces/dev/services", b"a: b", {"Content_Type": "text/plain"}, 415),
         ("POST", "/api/v1/namespaces/dev/services", b"a: [", {"Content_Type": "application/yaml"}, 400),
-        ("POST", "/api/v1/namespaces/dev/services", b"k8s\0", {"Content_Type": "application/vnd.kubernetes.protobuf"}, 415),
+        ("POST", "/api/v1/namespaces/dev/services", b"k8s\0", {"Content_Type": "application/vnd.kubernetes.protobuf"}, 400),
         ("POST", "/api/v1/namespaces/dev/services", b" " * (3 << 20) + b"{}", {"Content_Type": "application/json"}, 413),
         ("POST", "/api/v1/namespaces/dev/services", b'{"metadata":{"namespace":"prod"}}', {"Content_Type": "application/json"}, 400),
         ("POST", "/api/v1/namespaces/dev/services", b'{"metadata":[]}', {"Content_Type": "application/json"}, 400),
