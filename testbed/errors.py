@@ -101,6 +101,8 @@ class ApiError(TestbedError):
         self.message = message
         self.causes = tuple(causes)
         self.details = dict(details or {})
+        #: Status.metadata.continue of a 410 for an old continue token: where an inconsistent list may go on.
+        self.list_continue = ""
         super().__init__(message)
 
 

@@ -42,6 +42,7 @@ class Event:
 
 
 Callback = Callable[[Event], None]
+Objects = list[Object]
 
 
 def not_found(resource: str, name: str) -> ApiError:
@@ -130,6 +131,31 @@ class Store:
             objects = spaces.get(space, {})
             found.extend(objects[name] for name in sorted(objects))
         return found
+
+    def list_at(self, resource: str, namespace: str | None, revision: int) -> Objects:
+        """Return what `list` returned at an earlier revision: the present state, with later changes taken back.
+
+        Raises:
+            ApiError: 410 Expired when the history no longer reaches back, or the revision is in the future.
+        """
+        oldest = self.revision - len(self._history)
+        if not oldest <= revision <= self.revision:
+            raise expired(revision, oldest)
+        if revision == self.revision:
+            return self.list(resource, namespace)
+        objects = {
+            (obj["metadata"].get("namespace", ""), obj["metadata"]["name"]): obj
+            for obj in self.list(resource, namespace)
+        }
+        for event in islice(reversed(self._history), self.revision - revision):
+            if event.key.resource != resource or namespace not in (None, event.key.namespace):
+                continue
+            place = (event.key.namespace, event.key.name)
+            if event.previous is None:
+                objects.pop(place, None)
+            else:
+                objects[place] = event.previous
+        return [objects[place] for place in sorted(objects)]
 
     def count(self, resource: str) -> int:
         """Return how many objects of a resource there are."""

@@ -82,7 +82,7 @@ class Tokens:
             "nbf": now,
             "sub": f"system:serviceaccount:{namespace}:{name}",
         }
-        signed = f"{_encoded(json.dumps({'alg': 'HS256', 'typ': 'JWT'}).encode())}.{_encoded(json.dumps(claims).encode())}"
+        signed = ".".join(_encoded(_compact(part)) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
         return f"{signed}.{_encoded(self._signature(signed))}"
 
     def user_of(self, token: str, find_account: FindAccount) -> User | None:
@@ -107,6 +107,10 @@ class Tokens:
 
     def _signature(self, text: str) -> bytes:
         return hmac.digest(self._key, text.encode(), hashlib.sha256)
+
+
+def _compact(value: Object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _encoded(value: bytes) -> str:
@@ -162,6 +166,7 @@ def refuse_anonymous(user: User, verb: str, what: Object | None, path: str) -> N
         raise ApiError(403, "Forbidden", text)
     named = f'{what["key"]} "{what["name"]}"' if what["name"] else what["key"]
     scope = f'in the namespace "{what["namespace"]}"' if what["namespace"] else "at the cluster scope"
-    text = f'{named} is forbidden: User "{user.name}" cannot {verb} resource "{what["resource"]}" in API group "{what["group"]}" {scope}'
+    thing = f'resource "{what["resource"]}" in API group "{what["group"]}"'
+    text = f'{named} is forbidden: User "{user.name}" cannot {verb} {thing} {scope}'
     details = {"kind": what["resource"], **({"name": what["name"]} if what["name"] else {})}
     raise ApiError(403, "Forbidden", text, details=details)

@@ -94,7 +94,9 @@ def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, .
         lab.detach()
     nodes = ", ".join(node.name for node in loaded.nodes)
     click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy mode {mode}")
-    click.echo(f"  testbed exec -l {name} {loaded.nodes[0].name} -- iptables-save -t nat     run something in it")
+    click.echo(f'  eval "$(testbed env {name})"; kubectl get pods -A     objects, with your own kubectl')
+    click.echo(f"  testbed kubectl -l {name} get pods -A                 the same, with the one that came along")
+    click.echo(f"  testbed exec -l {name} {loaded.nodes[0].name} -- iptables-save -t nat       run something in it")
     click.echo(f"  testbed down {name}                                   stop it")
 
 
@@ -204,6 +206,45 @@ def _run_in(lab_name: str | None, where: str, argv: tuple[str, ...]) -> int:
 
     with Lab.find(lab_name) as lab:
         return lab.run_in_foreground(where, argv)
+
+
+@cli.command()
+@click.argument("name", required=False)
+def kubeconfig(name: str | None) -> None:
+    """Print the path of a lab's kubeconfig."""
+    from testbed.lab.handle import Lab
+
+    with Lab.find(name) as lab:
+        click.echo(lab.kubeconfig)
+
+
+@cli.command("env")
+@click.argument("name", required=False)
+def env_(name: str | None) -> None:
+    """Print what makes a shell use a lab: eval "$(testbed env LAB)"."""
+    import shlex
+
+    from testbed.lab.handle import Lab
+
+    with Lab.find(name) as lab:
+        click.echo(f"export KUBECONFIG={shlex.quote(str(lab.kubeconfig))}")
+
+
+@cli.command(context_settings={**_PASS_THROUGH, "help_option_names": []})
+@_lab_option
+@click.argument("arguments", metavar="...", nargs=-1, type=click.UNPROCESSED)
+def kubectl(lab: str | None, arguments: tuple[str, ...]) -> NoReturn:
+    """Run kubectl on a lab; everything after our own option is kubectl's."""
+    import os
+
+    from testbed.lab.handle import Lab
+    from testbed.lab.kubectl import find_kubectl
+
+    program = find_kubectl()
+    with Lab.find(lab) as found:
+        environment = {**os.environ, "KUBECONFIG": str(found.kubeconfig)}
+    sys.stdout.flush()
+    os.execve(program, ["kubectl", *arguments], environment)  # noqa: S606  # its own process: Ctrl-C, terminal, exit status
 
 
 @cli.command("cli")

@@ -56,6 +56,7 @@ class Kubelet:
         self, spec: NodeSpec, registry: Registry, runtime: Runtime, catalogue: Catalogue, *, cluster: ClusterConfig,
         clock: Callable[[], float], now: Callable[[], str], clock_ns: Callable[[], int] = time.time_ns,
         node_resolv_conf: str = "",
+        token_of: Callable[[Object], str] | None = None,
     ) -> None:  # fmt: skip
         self.spec = spec
         self.node_name = spec.name
@@ -68,6 +69,7 @@ class Kubelet:
         self.now = now
         self.clock_ns = clock_ns
         self.node_resolv_conf = node_resolv_conf
+        self.token_of = token_of
         self.addresses = PodAddresses(spec.pod_cidr)
         self.references = References()
         self.slots = asyncio.Semaphore(_SANDBOXES_AT_ONCE)

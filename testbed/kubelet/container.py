@@ -20,7 +20,6 @@ from testbed.kubelet.runtime import ContainerSpec, ExitStatus, Input, Runtime
 from testbed.kubelet.specs import RefusedContainer, Start
 from testbed.kubelet.status import ContainerView, container_status, running, terminated, waiting
 
-
 _NO_LIMIT_S = 86400.0  # a postStart hook may take as long as it likes
 
 
@@ -336,9 +335,7 @@ class ContainerRunner:
                     timeout_s=max(0.1, self._grace_s()),
                 )
             )
-            if not await self._within_grace(running_hook):
-                pod.say("Warning", "FailedPreStopHook", "PreStopHook failed", self.name)
-            elif not running_hook.result()[0]:
+            if not await self._within_grace(running_hook) or not running_hook.result()[0]:
                 pod.say("Warning", "FailedPreStopHook", "PreStopHook failed", self.name)
             # after a preStop hook that took it all, two more seconds (kuberuntime_container.go)
             if self._grace_s() > 0:

@@ -187,7 +187,10 @@ class PodWorker:
                 await self.references_changed()
 
     def _find_volumes(self) -> tuple[Volume, ...]:
-        return volumes_of(self.pod, find=self._find, pod_ip=self._pod_ip, host_ip=str(self.kubelet.node_address))
+        return volumes_of(
+            self.pod, find=self._find, pod_ip=self._pod_ip, host_ip=str(self.kubelet.node_address),
+            token_of=self.kubelet.token_of,
+        )  # fmt: skip
 
     async def _refresh_volumes(self) -> None:
         with contextlib.suppress(MissingReference, UnsupportedVolume, KernelError):

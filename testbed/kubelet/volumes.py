@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from testbed.kubelet.environment import Find, MissingReference, data_of, downward_value
@@ -16,17 +16,25 @@ class UnsupportedVolume(LookupError):
     """A kind of volume that nothing here can make; the message names volume and kind."""
 
 
-def volumes_of(pod: Object, *, find: Find, pod_ip: str, host_ip: str) -> tuple[Volume, ...]:
-    """Return the volumes of a pod with their files.
+#: Returns a token with which a pod may speak to the API.
+TokenOf = Callable[[Object], str]
+
+
+def volumes_of(
+    pod: Object, *, find: Find, pod_ip: str, host_ip: str, token_of: TokenOf | None = None
+) -> tuple[Volume, ...]:
+    """Return the volumes of a pod with their files. Without ``token_of``, projected volumes have no token in them.
 
     Raises:
         MissingReference: a ConfigMap or Secret is not there (yet); the message is what the kubelet's event says.
         UnsupportedVolume: e.g. a persistentVolumeClaim.
     """
-    return tuple(_volume(volume, pod, find, pod_ip, host_ip) for volume in pod["spec"].get("volumes") or ())
+    return tuple(_volume(volume, pod, find, pod_ip, host_ip, token_of) for volume in pod["spec"].get("volumes") or ())
 
 
-def _volume(volume: Mapping[str, Any], pod: Object, find: Find, pod_ip: str, host_ip: str) -> Volume:
+def _volume(
+    volume: Mapping[str, Any], pod: Object, find: Find, pod_ip: str, host_ip: str, token_of: TokenOf | None
+) -> Volume:
     name = volume["name"]
     kind = next((kind for kind in _KNOWN if volume.get(kind) is not None), "")
     if kind == "hostPath":
@@ -37,20 +45,22 @@ def _volume(volume: Mapping[str, Any], pod: Object, find: Find, pod_ip: str, hos
     if not kind:
         raise UnsupportedVolume(f'volume "{name}": {others[0]} volumes are not supported here')
     try:
-        return Volume(name=name, files=source_files(kind, volume[kind], pod, find, pod_ip, host_ip))
+        return Volume(name=name, files=source_files(kind, volume[kind], pod, find, pod_ip, host_ip, token_of))
     except MissingReference as error:
         raise MissingReference(f'MountVolume.SetUp failed for volume "{name}" : {error}') from error
 
 
 def source_files(
-    kind: str, source: Mapping[str, Any], pod: Object, find: Find, pod_ip: str, host_ip: str
+    kind: str, source: Mapping[str, Any], pod: Object, find: Find, pod_ip: str, host_ip: str,
+    token_of: TokenOf | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Return relative path -> text of one volume source (also of each part of a projected one)."""
     if kind == "projected":
         files: dict[str, str] = {}
         for part in source.get("sources") or ():
             for inner, value in part.items():
-                # A token would need an API that checks it; the volume is there, the file is not.
+                if inner == "serviceAccountToken" and token_of is not None:
+                    files[value["path"]] = token_of(pod)
                 if inner in ("configMap", "secret", "downwardAPI"):
                     files |= source_files(inner, value, pod, find, pod_ip, host_ip)
         return files

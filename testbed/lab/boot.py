@@ -26,7 +26,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
-    forker = start_forker()
+    forker = start_forker(request.api_fd)
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         ours.close()
@@ -60,6 +60,7 @@ def _be_control(request: LabRequest, spawner: socket.socket) -> None:
 
 def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> int:
     linux.set_process_name("spawner")
+    os.close(request.api_fd)
     from testbed.lab.spawner import Spawner, preload
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address
 from typing import Any
 
 from testbed.model.objects import Object
@@ -22,15 +23,19 @@ def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
     }
 
 
-def system_objects(topology: Topology, *, proxy_config_text: str, api_folder: str) -> list[Object]:
+def system_objects(
+    topology: Topology, *, proxy_config_text: str, api_folder: str, api: tuple[IPv4Address, int]
+) -> list[Object]:
     """Return the Service ``kubernetes`` and kube-proxy's ServiceAccount, ConfigMap and DaemonSet, in creation order.
 
     Args:
         proxy_config_text: a KubeProxyConfiguration in YAML, what the ConfigMap holds as ``config.conf``.
         api_folder: the node's folder with the API's socket, given to kube-proxy as a hostPath volume.
+        api: where the API listens inside the lab.
     """
     return [
-        _kubernetes_service(topology),
+        _kubernetes_service(topology, api[1]),
+        *_kubernetes_endpoints(*api),
         _object("v1", "ServiceAccount", "kube-proxy"),
         _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),
         _kube_proxy(api_folder),
@@ -42,7 +47,29 @@ def _object(api_version: str, kind: str, name: str, **fields: Any) -> Object:
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **fields}
 
 
-def _kubernetes_service(topology: Topology) -> Object:
+def _kubernetes_endpoints(address: IPv4Address, port: int) -> list[Object]:
+    """Return what the API server itself writes: kubernetes pkg/controlplane/reconcilers (v1.30)."""
+    named = {"name": "kubernetes", "namespace": "default"}
+    ports = [{"name": "https", "port": port, "protocol": "TCP"}]
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Endpoints",
+            "metadata": {**named, "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
+            "subsets": [{"addresses": [{"ip": str(address)}], "ports": ports}],
+        },
+        {
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {**named, "labels": {"kubernetes.io/service-name": "kubernetes"}},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": [str(address)], "conditions": {"ready": True}}],
+            "ports": ports,
+        },
+    ]
+
+
+def _kubernetes_service(topology: Topology, port: int) -> Object:
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -53,7 +80,7 @@ def _kubernetes_service(topology: Topology) -> Object:
         },
         "spec": {
             "clusterIP": str(topology.cluster.service_cidr.network_address + 1),
-            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": 6443}],
+            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}],
         },
     }
 

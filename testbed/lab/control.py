@@ -14,17 +14,21 @@ from datetime import UTC, datetime
 import yaml
 from aiohttp import web
 
+from testbed.api.access import Tokens
 from testbed.api.server import make_app
 from testbed.api.streams import add_stream_routes
 from testbed.controllers import ControllerDriver, default_controllers, ensure_system_namespaces
+from testbed.controllers.system import RootCertificatePublisher
 from testbed.kubelet.agent import Kubelet
 from testbed.lab.bootstrap import proxy_configuration, system_objects
+from testbed.lab.endpoint import API_PORT, listen, make_endpoint
 from testbed.lab.nodes import LabNodes
 from testbed.lab.request import LabRequest, report
 from testbed.lab.runtime import SpawnerRuntime
 from testbed.model.objects import Object
 from testbed.programs.catalogue import Catalogue
 from testbed.registry import Registry
+from testbed.registry.accounts import ServiceAccountAdmission
 from testbed.store import Event, Store
 
 _log = logging.getLogger("testbed.control")
@@ -47,9 +51,15 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     store = Store(now=_now, new_uid=lambda: str(uuid.uuid4()))
     cluster = request.topology.cluster
     registry = Registry(store, cluster, now=_now, new_uid=lambda: str(uuid.uuid4()), pick=random.randrange)
+    endpoint = make_endpoint(request.name, request.topology)
+    tokens = Tokens(endpoint.signing_key, endpoint.admin_token, now_s=time.time)
+    registry.admission.mutators.append(ServiceAccountAdmission(store, random.randrange))
     driver = ControllerDriver(
         registry,
-        default_controllers(cluster, pick=random.randrange),
+        [
+            *default_controllers(cluster, pick=random.randrange),
+            RootCertificatePublisher(endpoint.credentials.authority),
+        ],
         now_s=time.monotonic,
         call_later=lambda delay_s, call: loop.call_later(delay_s, call),
         on_error=lambda key, error: _log.error("controller failed on %s: %r", key, error),
@@ -58,24 +68,32 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     driver.start()
     ensure_system_namespaces(registry)
 
+    def token_of(pod: Object) -> str:
+        account = registry.get("serviceaccounts", pod["metadata"]["namespace"], pod["spec"]["serviceAccountName"])
+        return tokens.issue(account, pod=pod)
+
     catalogue = Catalogue()
     nodes = LabNodes(
         request.topology.nodes,
         runtime,
-        lambda node: Kubelet(node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now),
+        lambda node: Kubelet(
+            node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now, token_of=token_of
+        ),
     )
-    app = make_app(registry, ready=lambda: True)
+    app = make_app(registry, ready=lambda: True, tokens=tokens)
     add_stream_routes(app, registry, nodes)
     nodes.add_routes(app)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     api_folder = f"{request.folder}/api"
     await web.UnixSite(runner, f"{api_folder}/api.sock").start()
+    await listen(endpoint, runner, request)
     report(request.progress_fd, phase="api")
 
     nodes.start()
     config = yaml.safe_dump(proxy_configuration(request.topology, request.proxy_mode), sort_keys=False)
-    for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder):
+    api = (endpoint.inside, API_PORT)
+    for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder, api=api):
         registry.create(_resource_key(obj), obj)
     await _until_ready(store, nodes.failed)
     report(request.progress_fd, ready=True)

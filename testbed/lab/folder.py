@@ -8,6 +8,7 @@
         lab.log            what the lab's processes complain about
         spawner.sock       requests of command lines
         api/api.sock       the Kubernetes API
+        kubeconfig         the same over TLS on 127.0.0.1, with the administrator's certificate; 0600
         private/           the lab's own tmpfs, seen from inside only
 """
 

@@ -68,12 +68,14 @@ class Forker:
         return ends
 
 
-def start_forker() -> Forker:
-    """Fork the forker from this process, which should have loaded little so far."""
+def start_forker(*not_for_it: int) -> Forker:
+    """Fork the forker from this process, which should have loaded little so far; it closes descriptors ``not_for_it``."""
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         try:
             ours.close()
+            for fd in not_for_it:
+                os.close(fd)
             linux.set_process_name("forker")
             linux.set_parent_death_signal(signal.SIGKILL)
             _serve(theirs)

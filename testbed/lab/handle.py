@@ -57,6 +57,11 @@ class Lab(AbstractContextManager["Lab"]):
         return self.folder.name
 
     @property
+    def kubeconfig(self) -> Path:
+        """The file with which kubectl and other clients reach the lab from the host."""
+        return self.folder / "kubeconfig"
+
+    @property
     def topology(self) -> Topology:
         if self._topology is None:
             self._topology = self._ask("topology")

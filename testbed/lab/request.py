@@ -20,6 +20,7 @@ class LabRequest:
     listener_fd: int
     progress_fd: int
     lifeline_fd: int
+    api_fd: int  # listens on 127.0.0.1 of the host, for kubectl
 
 
 def report(fd: int, **values: object) -> None:

@@ -87,10 +87,19 @@ def _start(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(folder.path / "spawner.sock"))
         listener.listen(16)
-        request = LabRequest(
-            folder.name, str(folder.path), topology, proxy_mode, listener.fileno(), progress_writer, lifeline_reader
-        )
-        pid = _fork_first_process(folder, request)
+        # A socket belongs to the network namespace that it was made in: this one stays the host's.
+        with socket.create_server(("127.0.0.1", 0), backlog=128) as api:
+            request = LabRequest(
+                name=folder.name,
+                folder=str(folder.path),
+                topology=topology,
+                proxy_mode=proxy_mode,
+                listener_fd=listener.fileno(),
+                progress_fd=progress_writer,
+                lifeline_fd=lifeline_reader,
+                api_fd=api.fileno(),
+            )
+            pid = _fork_first_process(folder, request)
     os.close(progress_writer)
     if lifeline_reader >= 0:
         os.close(lifeline_reader)
@@ -138,7 +147,7 @@ def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -
         null = os.open("/dev/null", os.O_RDONLY)
         for source, number in ((null, 0), (log, 1), (log, 2)):
             os.dup2(source, number)
-        keep = [folder.lock_fd, parameters, request.listener_fd, request.progress_fd]
+        keep = [folder.lock_fd, parameters, request.listener_fd, request.progress_fd, request.api_fd]
         if request.lifeline_fd >= 0:
             keep.append(request.lifeline_fd)
         linux.close_descriptors_except(*keep)

@@ -34,8 +34,8 @@ from testbed.manifests.scalars import (
 from testbed.manifests.source import Document, parse_documents, read_text
 from testbed.manifests.text import suggestion
 from testbed.model.cluster import (
-    DEFAULT_NODE_MONITOR_GRACE_S,
     DEFAULT_DOMAIN,
+    DEFAULT_NODE_MONITOR_GRACE_S,
     DEFAULT_NODE_PORT_RANGE,
     DEFAULT_POD_CIDR,
     DEFAULT_SERVICE_CIDR,

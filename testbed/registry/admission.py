@@ -97,7 +97,9 @@ class Admission:
 def _rule_matches(rule: Object, request: AdmissionRequest) -> bool:
     resource = request.resource
     plural = f"{resource.plural}/{request.subresource}" if request.subresource else resource.plural
-    names = {plural, "*/*"} | ({"*"} if not request.subresource else {f"*/{request.subresource}", f"{resource.plural}/*"})
+    names = {plural, "*/*"} | (
+        {"*"} if not request.subresource else {f"*/{request.subresource}", f"{resource.plural}/*"}
+    )
     scope = rule.get("scope") or "*"
     return (
         bool({request.operation, "*"} & set(rule.get("operations") or ()))

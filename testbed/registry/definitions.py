@@ -5,6 +5,7 @@ Source: apiextensions-apiserver pkg/apis/apiextensions/{v1/defaults.go,validatio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,10 @@ def _columns(version: Object) -> Iterator[PrinterColumn]:
 
 
 def _preference(version: str) -> tuple[int, int, int, str]:
-    """Sort as Kubernetes does: v2, v1, v2beta1, v1beta2, v1alpha1, others by name. Source: version.CompareKubeAwareVersionStrings."""
-    import re
+    """Return a key that sorts as Kubernetes does: v2, v1, v2beta1, v1beta2, v1alpha1, others by name.
 
+    Source: apimachinery pkg/version/helpers.go.
+    """
     parsed = re.fullmatch(r"v([1-9][0-9]*)(?:(alpha|beta)([1-9][0-9]*))?", version)
     if parsed is None:
         return 3, 0, 0, version
@@ -115,7 +117,14 @@ class DefinitionStrategy(Strategy):
 
     has_generation = True
 
-    def __init__(self, resource: Resource, config: ClusterConfig, pick: Callable[[int], int], table: ResourceTable, now: Callable[[], str]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        resource: Resource,
+        config: ClusterConfig,
+        pick: Callable[[int], int],
+        table: ResourceTable,
+        now: Callable[[], str],
+    ) -> None:
         super().__init__(resource, config, pick)
         self._table = table
         self._now = now
@@ -277,9 +286,7 @@ def _validate_versions(spec: Object, causes: Causes) -> None:
                 if not path:
                     causes.required(f"{where}.subresources.scale.{field}")
                 elif not path.startswith(f"{root}."):
-                    causes.invalid(
-                        f"{where}.subresources.scale.{field}", path, f"should be a json path under {root}"
-                    )
+                    causes.invalid(f"{where}.subresources.scale.{field}", path, f"should be a json path under {root}")
         for number, column in enumerate(version.get("additionalPrinterColumns") or ()):
             here = f"{where}.additionalPrinterColumns[{number}]"
             if not column.get("name"):
@@ -304,7 +311,8 @@ def _validate_schema(schema: Any, where: str, causes: Causes, *, is_root: bool =
     type_ = schema.get("type")
     free = schema.get("x-kubernetes-int-or-string") or schema.get("x-kubernetes-preserve-unknown-fields")
     if not type_ and not free and not logical:
-        causes.required(f"{where}.type", "must not be empty at the root" if is_root else "must not be empty for specified object fields")  # fmt: skip
+        why = "must not be empty at the root" if is_root else "must not be empty for specified object fields"
+        causes.required(f"{where}.type", why)
     elif is_root and type_ and type_ != "object":
         causes.invalid(f"{where}.type", type_, "must be object at the root")
     elif type_ and type_ not in _TYPES:
@@ -314,11 +322,23 @@ def _validate_schema(schema: Any, where: str, causes: Causes, *, is_root: bool =
     properties, required = schema.get("properties") or {}, schema.get("required")
     for field, wanted in (("properties", dict), ("required", list), ("enum", list)):
         if field in schema and not isinstance(schema[field], wanted):
-            causes.invalid(f"{where}.{field}", str(schema[field]), f"must be {'an object' if wanted is dict else 'a list'}")
+            causes.invalid(
+                f"{where}.{field}", str(schema[field]), f"must be {'an object' if wanted is dict else 'a list'}"
+            )
             return
     if required is not None and not all(isinstance(name, str) for name in required):
         causes.invalid(f"{where}.required", str(required), "must be a list of names")
-    for field in ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "multipleOf", "minProperties", "maxProperties"):
+    for field in (
+        "minimum",
+        "maximum",
+        "minLength",
+        "maxLength",
+        "minItems",
+        "maxItems",
+        "multipleOf",
+        "minProperties",
+        "maxProperties",
+    ):
         if field in schema and (isinstance(schema[field], bool) or not isinstance(schema[field], (int, float))):
             causes.invalid(f"{where}.{field}", str(schema[field]), "must be a number")
     if "multipleOf" in schema and schema["multipleOf"] == 0:
@@ -326,7 +346,9 @@ def _validate_schema(schema: Any, where: str, causes: Causes, *, is_root: bool =
     if "pattern" in schema and not isinstance(schema["pattern"], str):
         causes.invalid(f"{where}.pattern", str(schema["pattern"]), "must be a string")
     if is_root:
-        properties = {name: inner for name, inner in properties.items() if name not in ("apiVersion", "kind", "metadata")}
+        properties = {
+            name: inner for name, inner in properties.items() if name not in ("apiVersion", "kind", "metadata")
+        }
     for name, inner in properties.items():
         _validate_schema(inner, f"{where}.properties[{name}]", causes, logical=logical)
     if type_ == "array" and not logical and "items" not in schema:

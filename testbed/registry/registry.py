@@ -213,7 +213,8 @@ class Registry:
             commit = nothing
         else:
             commit = strategy.allocate(current, new)
-            _refuse_if(kind, name, [*strategy.validate_update(current, new), *strategy.validate(new)])
+            step, state = strategy.validate_update(current, new), strategy.validate(new)
+            _refuse_if(kind, name, [*state, *step] if strategy.judges_step_last else [*step, *state])
             strategy.settle_generation(current, new)
         self.admission.validate(request)
         new["apiVersion"] = kind.api_version
@@ -262,7 +263,7 @@ class Registry:
             raise bad_request("the namespace of the provided object does not match the namespace sent on the request")
         return self.update(resource, new, subresource=subresource, dry_run=dry_run)
 
-    def unknown_fields(self, resource: str, obj: Object) -> list[str]:
+    def unknown_fields(self, resource: str, obj: Object) -> Sequence[str]:
         """Return the paths of fields in ``obj``, as a client sent it, that its kind does not have."""
         return self._strategies[resource].unknown_fields(obj)
 
@@ -306,9 +307,14 @@ class Registry:
             grace = _pod_grace_s(current, grace_s) if kind.key == "pods" else 0
         self.admission.validate(
             AdmissionRequest(
-                operation="DELETE", resource=kind, namespace=namespace, name=name, object=None, old=current,
+                operation="DELETE",
+                resource=kind,
+                namespace=namespace,
+                name=name,
+                object=None,
+                old=current,
                 dry_run=dry_run,
-            )  # fmt: skip
+            )
         )
         already = metadata.get("deletionGracePeriodSeconds") if "deletionTimestamp" in metadata else None
         if dry_run:

@@ -24,6 +24,8 @@ class Strategy:
 
     #: A change of spec makes a new generation.
     has_generation = False
+    #: Problems of the step from old to new come after those of the new object.
+    judges_step_last = False
 
     def __init__(self, resource: Resource, config: ClusterConfig, pick: Callable[[int], int]) -> None:
         self.resource = resource
@@ -154,6 +156,7 @@ class WorkloadStrategy(Strategy):
     """Deployments, ReplicaSets and DaemonSets: counted generations, a selector for life."""
 
     has_generation = True
+    judges_step_last = True
 
     def validate_update(self, old: Object, new: Object) -> list[Cause]:
         causes = Causes()

@@ -24,9 +24,9 @@ _INT_OR_STRING = "x-kubernetes-int-or-string"
 _PRESERVE = "x-kubernetes-preserve-unknown-fields"
 _EMBEDDED = "x-kubernetes-embedded-resource"
 _KEPT_KEYWORDS = (
-    "type enum minimum maximum exclusiveMinimum exclusiveMaximum minLength maxLength minItems maxItems uniqueItems "
-    "multipleOf minProperties maxProperties required"
-).split()
+    *("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "required"),
+    *("minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "minProperties", "maxProperties"),
+)
 
 
 def prune(value: Any, schema: Schema, *, is_root: bool = False) -> Any:

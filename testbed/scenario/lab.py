@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from testbed.kernel.processes import Completed
@@ -32,6 +33,9 @@ class LabLike(Protocol):
 
     @property
     def api(self) -> ObjectApi: ...
+
+    @property
+    def kubeconfig(self) -> Path: ...
 
     def call(self, where: str, function: Callable[..., T], *args: Any, timeout_s: float) -> T: ...
 

@@ -12,6 +12,7 @@ from ipaddress import IPv4Address
 
 from testbed.errors import ApiError, InputError, TestbedError
 from testbed.kernel.processes import Completed
+from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
 from testbed.model.objects import BY_KIND, Object, name_of, namespace_of
 from testbed.model.scenario import (
@@ -252,12 +253,7 @@ class _Runner:
         return _program_attempt(step, done, where)
 
     def _kubectl(self, step: KubectlStep) -> Attempt:
-        kubeconfig = getattr(self._lab, "kubeconfig", None)
-        if kubeconfig is None:
-            raise InputError(
-                "this version's API does not speak to kubectl yet; use apply, delete, scale and wait steps"
-            )
-        argv = ["kubectl", f"--kubeconfig={kubeconfig}", *step.argv]
+        argv = [find_kubectl(), f"--kubeconfig={self._lab.kubeconfig}", *step.argv]
         ran = subprocess.run(argv, capture_output=True, timeout=_PROGRAM_TIMEOUT_S, check=False)
         return _program_attempt(step, Completed(ran.returncode, ran.stdout, ran.stderr), "kubectl")
 

@@ -18,9 +18,10 @@ import pytest
 from aiohttp import web
 from registry_support import deployment, make_registry, pod, refusal, service
 
-from testbed.api import server
+from testbed.api import watching
 from testbed.api.client import LAST_APPLIED, ApiClient
-from testbed.api.server import make_app, parse_path
+from testbed.api.paths import parse_path
+from testbed.api.server import make_app
 from testbed.errors import ApiError, LabError
 from testbed.model.objects import Object
 from testbed.registry import Registry
@@ -200,8 +201,8 @@ def test_watch_with_a_selector(lab: Lab) -> None:
 
 def test_watch_ends_in_time_and_bookmarks_only_on_request(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """timeoutSeconds ends the stream; bookmarks carry kind and revision, and come only to those who asked."""
-    monkeypatch.setattr(server, "BOOKMARK_INTERVAL_S", 0.1)
-    monkeypatch.setattr(server, "LIVENESS_INTERVAL_S", 0.05)
+    monkeypatch.setattr(watching, "BOOKMARK_INTERVAL_S", 0.1)
+    monkeypatch.setattr(watching, "LIVENESS_INTERVAL_S", 0.05)
     assert list(lab.client.watch("services", timeout_s=1)) == []
     seen = list(lab.client.watch("services", timeout_s=1, bookmarks=True))
     assert seen and {kind for kind, _ in seen} == {"BOOKMARK"}
@@ -213,7 +214,7 @@ def test_watch_ends_in_time_and_bookmarks_only_on_request(lab: Lab, monkeypatch:
 
 def test_a_watcher_that_stops_reading_is_cut_off(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue of a watcher is bounded: who does not read loses the connection, not the lab its memory."""
-    monkeypatch.setattr(server, "MAX_WATCH_BACKLOG", 50)
+    monkeypatch.setattr(watching, "MAX_WATCH_BACKLOG", 50)
     lab.client.create({**service("a")})
     with lab.client.watch("services") as watch:
         next(watch)
@@ -313,7 +314,9 @@ def test_strict_and_lenient_field_validation(lab: Lab) -> None:
         ("POST", "/api/v1/namespaces/dev/services", b'{"metadata":{"name":"\\ud800"}}', {"Content_Type": "application/json"}, 400),
         ("POST", "/api/v1/namespaces/dev/services", b'{"a":' * 5000 + b"1" + b"}" * 5000, {"Content_Type": "application/json"}, 400),
         ("POST", "/api/v1/namespaces/dev/services", b'{"metadata":{"managedFields":[{"fieldsV1":' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}]}}", {"Content_Type": "application/json"}, 400),
-        ("POST", "/api/v1/namespaces/dev/services", b"a: b", {"Content_Type": "application/yaml"}, 415),
+        ("POST", "/api/v1/namespaces/dev/services", b"a: b", {"Content_Type": "text/plain"}, 415),
+        ("POST", "/api/v1/namespaces/dev/services", b"a: [", {"Content_Type": "application/yaml"}, 400),
+        ("POST", "/api/v1/namespaces/dev/services", b"k8s\0", {"Content_Type": "application/vnd.kubernetes.protobuf"}, 400),
         ("POST", "/api/v1/namespaces/dev/services", b" " * (3 << 20) + b"{}", {"Content_Type": "application/json"}, 413),
         ("POST", "/api/v1/namespaces/dev/services", b'{"metadata":{"namespace":"prod"}}', {"Content_Type": "application/json"}, 400),
         ("POST", "/api/v1/namespaces/dev/services", b'{"metadata":[]}', {"Content_Type": "application/json"}, 400),
@@ -321,7 +324,9 @@ def test_strict_and_lenient_field_validation(lab: Lab) -> None:
         ("POST", "/api/v1/namespaces/dev/services?dryRun=Some", b"{}", {"Content_Type": "application/json"}, 400),
         ("POST", "/api/v1/services", b"{}", {"Content_Type": "application/json"}, 405),
         ("PUT", "/api/v1/namespaces/dev/services/x", b'{"metadata":{"name":"y"}}', {"Content_Type": "application/json"}, 400),
-        ("PATCH", "/api/v1/namespaces/default", b"{}", {"Content_Type": "application/json-patch+json"}, 415),
+        ("PATCH", "/api/v1/namespaces/default", b"{}", {"Content_Type": "application/json-patch+json"}, 400),
+        ("PATCH", "/api/v1/namespaces/default", b"{}", {"Content_Type": "application/apply-patch+yaml"}, 415),
+        ("PATCH", "/api/v1/namespaces/default", b"{}", {"Content_Type": "application/json"}, 415),
         ("PATCH", "/api/v1/namespaces/default", b'{"metadata":{"name":"x"}}', {"Content_Type": "application/merge-patch+json"}, 400),
         ("PATCH", "/api/v1/namespaces/default", b'{"metadata":null}', {"Content_Type": "application/merge-patch+json"}, 400),
         ("DELETE", "/api/v1/namespaces", None, {}, 405),

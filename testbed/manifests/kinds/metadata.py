@@ -67,7 +67,9 @@ def validate_metadata(resource: Resource | None, metadata: Object, causes: Cause
     for index, finalizer in enumerate(metadata.get("finalizers") or []):
         path = f"metadata.finalizers[{index}]"
         causes.invalid_each(path, finalizer, qualified_name_problems(finalizer))
-        if "/" not in finalizer and finalizer not in _STANDARD_FINALIZERS:
+        # only core's validation asks for more than a qualified name, and custom resources are not its own
+        is_core = resource is not None and resource.group != "apiextensions.k8s.io"
+        if is_core and "/" not in finalizer and finalizer not in _STANDARD_FINALIZERS:
             causes.invalid(path, finalizer, "name is neither a standard finalizer name nor is it fully qualified")
 
 
