@@ -162,7 +162,7 @@ class Store:
         return sum(len(objects) for objects in self._objects.get(resource, {}).values())
 
     def create(self, resource: str, obj: Object) -> Object:
-        """Store a new object and return it with uid, creationTimestamp and resourceVersion.
+        """Store a new object and return it with uid (unless it has one), creationTimestamp and resourceVersion.
 
         Raises:
             ApiError: 409 AlreadyExists.
@@ -176,7 +176,7 @@ class Store:
             **obj,
             "metadata": {
                 **metadata,
-                "uid": self._new_uid(),
+                "uid": metadata.get("uid") or self._new_uid(),
                 "creationTimestamp": self._now(),
                 "resourceVersion": str(self.revision + 1),
             },

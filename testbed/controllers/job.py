@@ -1,6 +1,6 @@
-"""Jobs, the small form: pods until enough have succeeded or too many failed.
+"""Jobs: pods until enough have succeeded, too many failed, or the time is over.
 
-Not here: indexed completion, pod failure policies, activeDeadlineSeconds, ttlSecondsAfterFinished.
+Not here: indexed completion and pod failure policies.
 Source: kubernetes pkg/controller/job/job_controller.go (v1.30).
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from testbed.controllers.events import record_event
 from testbed.controllers.index import ClusterIndex
-from testbed.controllers.pods import condition_of, is_active, is_ready, pod_from_template, seconds_since
+from testbed.controllers.pods import condition_of, is_active, is_ready, pod_from_template, seconds_since, with_condition
 from testbed.controllers.status import delete_if_there, write_status
 from testbed.model.objects import Key, Object, is_terminating
 from testbed.registry import Registry
@@ -30,6 +30,7 @@ class JobPlan:
     create: int = 0
     delete: int = 0
     end: str = ""
+    why: str = "BackoffLimitExceeded"  # the reason of a failure
 
 
 def plan_job(spec: Object, *, active: int, succeeded: int, failures: int) -> JobPlan:
@@ -70,8 +71,10 @@ class JobController:
     def reconcile(self, key: Key, registry: Registry) -> float | None:
         """Start or stop pods, then write down how far the Job is."""
         job = registry.store.get(*key)
-        if job is None or is_terminating(job) or _has_ended(job):
+        if job is None or is_terminating(job):
             return None
+        if _has_ended(job):
+            return _expire(job, key, registry)
         pods = self._index.owned("pods", job["metadata"]["uid"])
         active = [pod for pod in pods if is_active(pod)]
         failed = [pod for pod in pods if (pod.get("status") or {}).get("phase") == "Failed"]
@@ -82,6 +85,9 @@ class JobController:
             succeeded=len(succeeded),
             failures=len(failed) + sum(_restarts(pod) for pod in active),
         )
+        deadline_s = _deadline_left(job, registry.now())
+        if deadline_s is not None and deadline_s <= 0 and not plan.end:
+            plan = JobPlan(delete=len(active), end="Failed", why="DeadlineExceeded")
         wait = _backoff_left(failed, registry.now()) if plan.create else 0.0
         if not wait:
             for _ in range(plan.create):
@@ -93,37 +99,95 @@ class JobController:
             delete_if_there(registry, "pods", key.namespace, name)
             record_event(registry, job, "Normal", "SuccessfulDelete", f"Deleted pod: {name}", _COMPONENT)
         pods = self._index.owned("pods", job["metadata"]["uid"])
-        status = job_status(job, pods, len(succeeded), len(failed), plan.end, registry.now())
+        status = job_status(job, pods, len(succeeded), len(failed), plan, registry.now())
+        _tell_suspension(registry, job, status)
         write_status(registry, key, status)
         if plan.end:
-            _tell_end(registry, job, plan.end)
-        return wait or None
+            _tell_end(registry, job, plan)
+            return _time_to_live(job["spec"])
+        if deadline_s is None and not job["spec"].get("suspend"):
+            deadline_s = job["spec"].get("activeDeadlineSeconds")  # it has started now
+        return min((one for one in (wait or None, deadline_s) if one is not None), default=None)
 
 
-def job_status(job: Object, pods: Sequence[Object], succeeded: int, failed: int, end: str, now: str) -> Object:
+_FAILURES = {
+    "BackoffLimitExceeded": "Job has reached the specified backoff limit",
+    "DeadlineExceeded": "Job was active longer than specified deadline",
+}
+
+
+def job_status(job: Object, pods: Sequence[Object], succeeded: int, failed: int, plan: JobPlan, now: str) -> Object:
     """Return the status of a Job, with its last condition if it has ended."""
     before = job.get("status") or {}
     active = [pod for pod in pods if is_active(pod)]
     counts = {"active": len(active), "succeeded": succeeded, "failed": failed, "ready": sum(map(is_ready, active))}
     status: Object = {name: count for name, count in counts.items() if count}
-    status["startTime"] = before.get("startTime", now)
-    if end:
-        condition = {"type": end, "status": "True", "lastProbeTime": now, "lastTransitionTime": now}
-        if end == "Failed":
-            condition["reason"] = "BackoffLimitExceeded"
-            condition["message"] = "Job has reached the specified backoff limit"
+    conditions: list[Object] = list(before.get("conditions") or [])
+    is_suspended = bool(job["spec"].get("suspend"))
+    known = condition_of(job, "Suspended")
+    if is_suspended != ((known or {}).get("status") == "True"):
+        reason = "JobSuspended" if is_suspended else "JobResumed"
+        words = f"Job {'suspended' if is_suspended else 'resumed'}"
+        new = {"type": "Suspended", "status": str(is_suspended), "reason": reason, "message": words}
+        conditions = with_condition(conditions, {**new, "lastProbeTime": now, "lastTransitionTime": now})
+    if not is_suspended:  # the time of a Job counts from when it was resumed
+        resumed = known is not None and known.get("status") == "True"
+        status["startTime"] = now if resumed else before.get("startTime", now)
+    if plan.end:
+        condition = {"type": plan.end, "status": "True", "lastProbeTime": now, "lastTransitionTime": now}
+        if plan.end == "Failed":
+            condition["reason"] = plan.why
+            condition["message"] = _FAILURES[plan.why]
         else:
             status["completionTime"] = now
-        status["conditions"] = [*(before.get("conditions") or []), condition]
+        conditions.append(condition)
+    if conditions:
+        status["conditions"] = conditions
     return status
 
 
-def _tell_end(registry: Registry, job: Object, end: str) -> None:
-    if end == "Complete":
+def _tell_suspension(registry: Registry, job: Object, status: Object) -> None:
+    before, now = condition_of(job, "Suspended"), condition_of({"status": status}, "Suspended")
+    if now is not None and (before or {}).get("status") != now["status"]:
+        reason = "Suspended" if now["status"] == "True" else "Resumed"
+        record_event(registry, job, "Normal", reason, now["message"], _COMPONENT)
+
+
+def _tell_end(registry: Registry, job: Object, plan: JobPlan) -> None:
+    if plan.end == "Complete":
         record_event(registry, job, "Normal", "Completed", "Job completed", _COMPONENT)
     else:
-        message = "Job has reached the specified backoff limit"
-        record_event(registry, job, "Warning", "BackoffLimitExceeded", message, _COMPONENT)
+        record_event(registry, job, "Warning", plan.why, _FAILURES[plan.why], _COMPONENT)
+
+
+def _deadline_left(job: Object, now: str) -> float | None:
+    """Return how much of activeDeadlineSeconds is left; None without one, or before the Job has started."""
+    limit, started = job["spec"].get("activeDeadlineSeconds"), (job.get("status") or {}).get("startTime")
+    if limit is None or started is None or job["spec"].get("suspend"):
+        return None
+    return float(limit) - seconds_since(started, now)
+
+
+def _time_to_live(spec: Object) -> float | None:
+    limit = spec.get("ttlSecondsAfterFinished")
+    return None if limit is None else float(limit)
+
+
+def _expire(job: Object, key: Key, registry: Registry) -> float | None:
+    """Delete a Job that ended ttlSecondsAfterFinished ago, with its pods; else say when that will be."""
+    limit = _time_to_live(job["spec"])
+    ends = [
+        one["lastTransitionTime"]
+        for one in job["status"]["conditions"]
+        if one["type"] in ("Complete", "Failed") and one["status"] == "True"
+    ]
+    if limit is None or not ends:
+        return None
+    left_s = limit - seconds_since(ends[0], registry.now())
+    if left_s > 0:
+        return left_s
+    delete_if_there(registry, _RESOURCE, key.namespace, key.name, uid=job["metadata"]["uid"])
+    return None
 
 
 def _has_ended(job: Object) -> bool:

@@ -132,14 +132,16 @@ DEFAULT_CAPABILITIES = frozenset(
 """What container runtimes leave to a container (containerd's oci/spec.go)."""
 
 
-def limit_capabilities(names: frozenset[str]) -> None:
-    """Keep only the named capabilities, now and after exec, for this process and its children."""
-    mask = 0
+def limit_bounding_set(names: frozenset[str]) -> None:
+    """Let no program that this process or its children execute have other capabilities than these."""
     for number, name in enumerate(CAPABILITIES):
-        if name in names:
-            mask |= 1 << number
-        elif _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
+        if name not in names and _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
             _check(_libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0), f"prctl(PR_CAPBSET_DROP, {name})")
+
+
+def set_capabilities(names: frozenset[str]) -> None:
+    """Give up all but the named capabilities."""
+    mask = sum(1 << number for number, name in enumerate(CAPABILITIES) if name in names)
     low, high = mask & 0xFFFFFFFF, mask >> 32
     header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     sets = struct.pack("=6I", low, low, 0, high, high, 0)  # effective, permitted, inheritable: low words, high words

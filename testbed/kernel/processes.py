@@ -111,12 +111,15 @@ def become(target: Target) -> None:
     with _ignore_oserror():
         os.chdir(target.cwd)
     if target.capabilities is not None:
-        linux.limit_capabilities(target.capabilities)
+        linux.limit_bounding_set(target.capabilities)
     if target.gid or target.groups:
         os.setgroups(target.groups)
         os.setgid(target.gid)
+    # Last, because all of this takes capabilities; a user other than root loses them by becoming one.
     if target.uid:
         os.setuid(target.uid)
+    elif target.capabilities is not None:
+        linux.set_capabilities(target.capabilities)
 
 
 def reset_signals() -> None:

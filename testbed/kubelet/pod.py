@@ -241,12 +241,11 @@ class PodWorker:
         return str(self.address) if self._has_address or on_host else ""
 
     def _service_variables(self) -> Mapping[str, str]:
-        if self.pod["spec"].get("enableServiceLinks") is False:
-            return {}
         namespace = namespace_of(self.pod)
-        services = self.kubelet.registry.list("services", namespace)
+        links = self.pod["spec"].get("enableServiceLinks") is not False
+        services = self.kubelet.registry.list("services", namespace) if links else []
         master = self.kubelet.registry.store.get("services", "default", "kubernetes")
-        if master is not None and namespace != "default":
+        if master is not None and not (links and namespace == "default"):  # every pod is told where the API is
             services = [*services, master]
         return service_variables(services, namespace)
 

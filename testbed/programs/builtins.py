@@ -31,6 +31,10 @@ def run_builtin(name: str, args: Mapping[str, Any]) -> int:
             return client.wait_for_end()
         case "kube-proxy":
             return _run_kube_proxy(args["argv"])
+        case "kube-webhook-certgen":
+            from testbed.programs import webhook_certgen
+
+            return webhook_certgen.main(args["argv"][1:])
     raise AssertionError(f"there is no program {name!r}")
 
 

@@ -243,6 +243,17 @@ _IMAGES: tuple[tuple[Image, tuple[str, ...]], ...] = (
         ),
         (),
     ),
+    (
+        Image(
+            name="kube-webhook-certgen",
+            entrypoint=("/kube-webhook-certgen",),
+            program="kube-webhook-certgen",
+            builtin="kube-webhook-certgen",
+            builtin_args=_argv_args,
+            uid=65532,  # distroless' nonroot
+        ),
+        (),
+    ),
     (_sleeping("client"), ("netshoot", "dnsutils", "jessie-dnsutils")),
     (Image(name="curl", entrypoint=("curl",)), ()),
     (Image(name="iperf3", entrypoint=("iperf3",)), ()),

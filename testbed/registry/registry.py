@@ -137,6 +137,8 @@ class Registry:
         if name and self.store.get(resource, namespace, name) is not None:
             raise already_exists(resource, name)
         strategy.default(new)
+        if strategy.needs_uid:
+            metadata["uid"] = self._new_uid()
         strategy.prepare_for_create(new)
         request = AdmissionRequest(
             operation="CREATE", resource=kind, namespace=namespace, name=name, object=new, old=None, dry_run=dry_run

@@ -24,6 +24,8 @@ class Strategy:
 
     #: A change of spec makes a new generation.
     has_generation = False
+    #: Something in the object is made from its uid, which it must have before the defaults.
+    needs_uid = False
     #: Problems of the step from old to new come after those of the new object.
     judges_step_last = False
 
@@ -167,7 +169,28 @@ class WorkloadStrategy(Strategy):
 
 
 class JobStrategy(WorkloadStrategy):
-    """Jobs: the template is for life, too."""
+    """Jobs: a selector by uid, made for them; the template is for life, too.
+
+    Source: kubernetes pkg/registry/batch/job/strategy.go, generateSelector (v1.30).
+    """
+
+    needs_uid = True
+
+    def prepare_for_create(self, new: Object) -> None:
+        super().prepare_for_create(new)
+        spec = new.get("spec", {})
+        if spec.get("manualSelector") or "template" not in spec:
+            return
+        name, uid = new["metadata"].get("name", ""), new["metadata"]["uid"]
+        metadata = spec["template"].setdefault("metadata", {})
+        metadata["labels"] = {
+            **(metadata.get("labels") or {}),
+            "job-name": name,
+            "controller-uid": uid,
+            "batch.kubernetes.io/job-name": name,
+            "batch.kubernetes.io/controller-uid": uid,
+        }
+        spec.setdefault("selector", {"matchLabels": {"batch.kubernetes.io/controller-uid": uid}})
 
     def validate_update(self, old: Object, new: Object) -> list[Cause]:
         causes = Causes(super().validate_update(old, new))

@@ -477,3 +477,21 @@ def test_a_connection_to_a_port_of_a_pod(spawner: socket.socket) -> None:
         return answer
 
     assert with_runtime(spawner, test) == b"ping"
+
+
+def test_a_user_without_capabilities(spawner: socket.socket) -> None:
+    """A container that is not root, or that gives up everything, starts all the same, and has nothing."""
+
+    async def test(runtime: Runtime) -> list[str]:
+        await runtime.create_sandbox(sandbox())
+        said = []
+        for number, (uid, gid) in enumerate(((2000, 0), (2000, 2000), (0, 0), (0, 2000))):
+            script = "echo $(id -u) $(id -g) $(grep CapEff /proc/self/status)"
+            one = container("sh", "-c", script, container_id=f"c{number}", uid=uid, gid=gid, drop_capabilities=("ALL",))
+            await runtime.start_container(one)
+            await runtime.wait_container(f"c{number}")
+            said.append(runtime.text(f"c{number}").strip())
+        return said
+
+    nothing = "CapEff: 0000000000000000"
+    assert with_runtime(spawner, test) == [f"{ids} {nothing}" for ids in ("2000 0", "2000 2000", "0 0", "0 2000")]

@@ -9,6 +9,7 @@ from controllers_world import World, template
 
 from testbed.controllers.job import JobPlan, plan_job
 from testbed.controllers.pods import condition_of
+from testbed.errors import ApiError
 from testbed.model.objects import Object
 
 
@@ -43,14 +44,14 @@ def world() -> World:
     return world
 
 
-def start(world: World, **spec: Any) -> None:
+def start(world: World, name: str = "once", **spec: Any) -> None:
     pod_template = template({}, restartPolicy="Never")
     world.create(
         "jobs.batch",
         {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": {"name": "once", "namespace": "default"},
+            "metadata": {"name": name, "namespace": "default"},
             "spec": {"template": pod_template, **spec},
         },
     )
@@ -91,3 +92,61 @@ def test_a_job_tries_again_after_a_pause_and_gives_up(world: World) -> None:
     assert (condition_of({"status": status}, "Failed") or {})["reason"] == "BackoffLimitExceeded"
     world.advance(100)
     assert len(world.pods()) == 2
+
+
+def test_a_job_selects_its_own_pods(world: World) -> None:
+    """Its selector and its template's labels are made from its uid, and one that somebody else wrote is refused."""
+    start(world)
+    job = world.get("jobs.batch", "once")
+    uid = job["metadata"]["uid"]
+    assert job["spec"]["selector"] == {"matchLabels": {"batch.kubernetes.io/controller-uid": uid}}
+    (pod,) = world.pods()
+    assert pod["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] == uid
+    assert pod["metadata"]["labels"]["job-name"] == "once"
+    with pytest.raises(ApiError, match="`selector` not auto-generated"):
+        start(world, name="other", selector={"matchLabels": {"a": "b"}})
+
+
+def test_a_job_that_takes_too_long(world: World) -> None:
+    """After activeDeadlineSeconds its pods are deleted and it has failed."""
+    start(world, activeDeadlineSeconds=30)
+    world.advance(29)
+    assert len(world.pods()) == 1
+    world.advance(2)
+    assert world.pods() == []
+    failed = condition_of(world.get("jobs.batch", "once"), "Failed")
+    assert failed is not None
+    assert (failed["reason"], failed["message"]) == (
+        "DeadlineExceeded",
+        "Job was active longer than specified deadline",
+    )
+    assert world.messages("DeadlineExceeded") == ["Job was active longer than specified deadline"]
+
+
+def test_a_job_that_is_not_kept(world: World) -> None:
+    """With ttlSecondsAfterFinished it is deleted that long after its end, and its pods with it."""
+    start(world, ttlSecondsAfterFinished=60)
+    end_pod(world, "Succeeded")
+    world.advance(59)
+    assert world.get("jobs.batch", "once")
+    world.advance(2)
+    assert world.store.get("jobs.batch", "default", "once") is None
+    assert world.left("default") == []
+
+
+def test_suspending_and_resuming(world: World) -> None:
+    """A suspended Job has no pods and says so; resumed, it starts, and its time counts from there."""
+    start(world, suspend=True, activeDeadlineSeconds=50)
+    assert world.pods() == []
+    suspended = condition_of(world.get("jobs.batch", "once"), "Suspended")
+    assert suspended is not None
+    assert (suspended["status"], suspended["reason"]) == ("True", "JobSuspended")
+    world.advance(100)
+    world.change("jobs.batch", "once", suspend=False)
+    world.settle()
+    assert len(world.pods()) == 1
+    assert world.messages("Suspended") + world.messages("Resumed") == ["Job suspended", "Job resumed"]
+    world.advance(49)
+    assert len(world.pods()) == 1
+    world.advance(2)
+    assert world.pods() == []

@@ -110,7 +110,22 @@ def validate_job(obj: Object, causes: Causes) -> None:
         ("parallelism", "completions", "activeDeadlineSeconds", "backoffLimit", "ttlSecondsAfterFinished"),
         causes,
     )
+    if spec.get("completionMode") not in ("NonIndexed", "Indexed"):
+        causes.unsupported("spec.completionMode", spec.get("completionMode", ""), ("Indexed", "NonIndexed"))
+    elif spec["completionMode"] == "Indexed" and spec.get("completions") is None:
+        causes.required("spec.completions", "when completion mode is Indexed")
+    if spec.get("selector") is not None and not spec.get("manualSelector"):
+        _validate_generated_selector(obj, causes)
     _validate_template(spec, causes, restart_policies=("Never", "OnFailure"), needs_match=False)
+
+
+def _validate_generated_selector(obj: Object, causes: Causes) -> None:
+    """Refuse a selector that somebody wrote without saying manualSelector (batch/validation, ValidateGeneratedSelector)."""
+    uid = obj["metadata"].get("uid")
+    wanted = {"matchLabels": {"batch.kubernetes.io/controller-uid": uid}}
+    legacy = {"matchLabels": {"controller-uid": uid}}
+    if uid and obj["spec"]["selector"] not in (wanted, legacy):
+        causes.invalid("spec.selector", GoText(go_selector(obj["spec"]["selector"])), "`selector` not auto-generated")
 
 
 def _not_negative(spec: Object, path: str, fields: tuple[str, ...], causes: Causes) -> None:
