@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from testbed.controllers.index import ClusterIndex
-from testbed.controllers.pods import resource_of
 from testbed.controllers.status import delete_if_there
 from testbed.model.objects import Key, Object, is_terminating
 from testbed.registry import Registry
+from testbed.registry.registry import Propagation
 from testbed.store import Event, EventType
 
 FOREGROUND = "foregroundDeletion"
@@ -55,7 +55,7 @@ class GarbageCollector:
             return None
         references = obj["metadata"].get("ownerReferences") or []
         # The owner may be of a kind that we do not store: then nobody can say that it is gone.
-        dangling = [ref for ref in references if self._is_gone(ref)]
+        dangling = [ref for ref in references if self._is_gone(ref, registry)]
         if not dangling:
             return None
         if len(dangling) == len(references):
@@ -64,10 +64,9 @@ class GarbageCollector:
         _write_references(registry, key, obj, [ref for ref in references if ref not in dangling])
         return None
 
-    def _is_gone(self, reference: Object) -> bool:
-        return resource_of(reference["apiVersion"], reference["kind"]) is not None and not self._index.exists(
-            reference["uid"]
-        )
+    def _is_gone(self, reference: Object, registry: Registry) -> bool:
+        known = registry.resources.of_kind(reference["apiVersion"], reference["kind"])
+        return known is not None and not self._index.exists(reference["uid"])
 
     def _propagate(self, registry: Registry, key: Key, obj: Object) -> None:
         finalizer = _propagation(obj)
@@ -83,8 +82,14 @@ class GarbageCollector:
             if finalizer == ORPHAN:
                 _write_references(registry, dependent_key, dependent, [ref for ref in references if ref["uid"] != uid])
                 continue
+            others = [ref for ref in references if ref["uid"] != uid]
+            if any(not self._is_gone(ref, registry) and ref["uid"] not in self._awaited for ref in others):
+                _write_references(registry, dependent_key, dependent, others)  # somebody else keeps it
+                continue
             if not is_terminating(dependent):
-                delete_if_there(registry, *dependent_key)
+                # What has dependents itself goes foreground, too: its owner waits for all of them.
+                policy: Propagation = "Foreground" if self._index.dependents(dependent["metadata"]["uid"]) else ""
+                delete_if_there(registry, *dependent_key, propagation=policy)
             blocking = any(ref["uid"] == uid and ref.get("blockOwnerDeletion") for ref in references)
             blocked = blocked or (blocking and registry.store.get(*dependent_key) is not None)
         if blocked:

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from testbed.model.json_values import copy_value
-from testbed.model.objects import BY_KIND, Object, is_terminating
+from testbed.model.objects import Object, is_terminating
 
 
 def condition_of(obj: Object, kind: str) -> Object | None:
@@ -90,9 +90,3 @@ def pod_from_template(template: Object, owner: Object, labels: dict[str, str] | 
         if template.get("metadata", {}).get(field):
             metadata[field] = copy_value(template["metadata"][field])
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": copy_value(template.get("spec", {}))}
-
-
-def resource_of(api_version: str, kind: str) -> str | None:
-    """Return the resource key of a kind, or None for one that we do not know."""
-    resource = BY_KIND.get((api_version, kind))
-    return resource.key if resource else None

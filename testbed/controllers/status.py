@@ -5,6 +5,7 @@ from __future__ import annotations
 from testbed.errors import ApiError
 from testbed.model.objects import Key, Object
 from testbed.registry import Registry
+from testbed.registry.registry import Propagation
 
 
 def write_status(registry: Registry, key: Key, status: Object) -> None:
@@ -14,13 +15,15 @@ def write_status(registry: Registry, key: Key, status: Object) -> None:
         registry.update(key.resource, {**current, "status": status}, subresource="status")
 
 
-def delete_if_there(registry: Registry, resource: str, namespace: str, name: str, *, uid: str = "") -> None:
+def delete_if_there(
+    registry: Registry, resource: str, namespace: str, name: str, *, uid: str = "", propagation: Propagation = ""
+) -> None:  # fmt: skip
     """Delete an object; succeeds when it, or the one of that uid, is gone already."""
     current = registry.store.get(resource, namespace, name)
     if current is None or (uid and current["metadata"]["uid"] != uid):
         return
     try:
-        registry.delete(resource, namespace, name)
+        registry.delete(resource, namespace, name, propagation=propagation)
     except ApiError as error:
         if error.code != 404:
             raise

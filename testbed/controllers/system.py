@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from testbed.controllers.status import delete_if_there
+from testbed.controllers.pods import condition_of
+from testbed.controllers.status import delete_if_there, write_status
 from testbed.errors import ApiError
-from testbed.model.objects import Key, ResourceTable, is_terminating
+from testbed.model.objects import Key, Object, ResourceTable, is_terminating
 from testbed.registry import Registry
 from testbed.store import Event, EventType
 
@@ -54,18 +55,69 @@ class NamespaceController:
         namespace = registry.store.get(*key)
         if namespace is not None and not is_terminating(namespace):
             return None
-        left = 0
+        left: dict[str, list[Object]] = {}
         for resource in _in_order(registry.resources):
             for obj in registry.store.list(resource, key.name):
                 if not is_terminating(obj):
                     delete_if_there(registry, resource, key.name, obj["metadata"]["name"])
-            left += len(registry.store.list(resource, key.name))
-        if left:
-            return None  # pods that are ending, finalizers: the event of the last one's removal brings us back
+            remaining = registry.store.list(resource, key.name)
+            if remaining:
+                left[resource] = remaining
+        if left:  # pods that are ending, finalizers: the event of the last one's removal brings us back
+            if namespace is not None:
+                status = namespace.get("status") or {}
+                conditions = deletion_conditions(status.get("conditions") or [], left, registry.now())
+                write_status(registry, key, {**status, "conditions": conditions})
+            return None
         self._going.discard(key.name)
         if namespace is not None:
             registry.finalize_namespace(key.name)
         return None
+
+
+def deletion_conditions(before: list[Object], left: dict[str, list[Object]], now: str) -> list[Object]:
+    """Return the conditions of a namespace that cannot go yet: what is left in it, and whose finalizers hold it.
+
+    Args:
+        left: objects by resource, as `Key.resource` has it.
+
+    Source: kubernetes pkg/controller/namespace/deletion/status_condition_utils.go (v1.30).
+    """
+    held: dict[str, int] = {}
+    for objects in left.values():
+        for obj in objects:
+            for finalizer in obj["metadata"].get("finalizers") or ():
+                held[finalizer] = held.get(finalizer, 0) + 1
+    # "pods." is upstream's: the group follows the dot, and the core group is ''
+    names = {key if "." in key else f"{key}.": len(objects) for key, objects in left.items()}
+    remaining = ", ".join(f"{name} has {count} resource instances" for name, count in sorted(names.items()))
+    holding = ", ".join(f"{name} in {count} resource instances" for name, count in sorted(held.items()))
+    wanted = [
+        ("NamespaceDeletionDiscoveryFailure", False, "ResourcesDiscovered", "All resources successfully discovered"),
+        (
+            "NamespaceDeletionGroupVersionParsingFailure", False, "ParsedGroupVersions",
+            "All legacy kube types successfully parsed",
+        ),
+        (
+            "NamespaceDeletionContentFailure", False, "ContentDeleted",
+            "All content successfully deleted, may be waiting on finalization",
+        ),
+        ("NamespaceContentRemaining", True, "SomeResourcesRemain", f"Some resources are remaining: {remaining}"),
+        (
+            "NamespaceFinalizersRemaining", bool(held),
+            "SomeFinalizersRemain" if held else "ContentHasNoFinalizers",
+            f"Some content in the namespace has finalizers remaining: {holding}"
+            if held
+            else "All content-preserving finalizers finished",
+        ),
+    ]  # fmt: skip
+    conditions = []
+    for kind, is_true, reason, message in wanted:
+        new = {"type": kind, "status": str(is_true), "reason": reason, "message": message}
+        known = condition_of({"status": {"conditions": before}}, kind)
+        same = known is not None and known.get("status") == new["status"]
+        conditions.append({**new, "lastTransitionTime": known["lastTransitionTime"] if same and known else now})
+    return conditions
 
 
 class ServiceAccountController:

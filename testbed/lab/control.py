@@ -29,6 +29,7 @@ from testbed.model.objects import Object
 from testbed.programs.catalogue import Catalogue
 from testbed.registry import Registry
 from testbed.registry.accounts import ServiceAccountAdmission
+from testbed.registry.ingresses import DefaultIngressClass
 from testbed.store import Event, Store
 
 _log = logging.getLogger("testbed.control")
@@ -53,7 +54,7 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     registry = Registry(store, cluster, now=_now, new_uid=lambda: str(uuid.uuid4()), pick=random.randrange)
     endpoint = make_endpoint(request.name, request.topology)
     tokens = Tokens(endpoint.signing_key, endpoint.admin_token, now_s=time.time)
-    registry.admission.mutators.append(ServiceAccountAdmission(store, random.randrange))
+    registry.admission.mutators += [ServiceAccountAdmission(store, random.randrange), DefaultIngressClass(store)]
     driver = ControllerDriver(
         registry,
         [

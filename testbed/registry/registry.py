@@ -27,12 +27,15 @@ from testbed.registry.scale import scale_of, with_scale
 from testbed.registry.services import ServiceStrategy
 from testbed.registry.strategies import (
     DataStrategy,
+    IngressClassStrategy,
+    IngressStrategy,
     JobStrategy,
     NamespaceStrategy,
     NodeStrategy,
     PodStrategy,
     SliceStrategy,
     Strategy,
+    WebhookStrategy,
     WorkloadStrategy,
     nothing,
 )
@@ -52,6 +55,10 @@ _STRATEGIES: dict[str, type[Strategy]] = {
     "replicasets.apps": WorkloadStrategy,
     "daemonsets.apps": WorkloadStrategy,
     "jobs.batch": JobStrategy,
+    "ingresses.networking.k8s.io": IngressStrategy,
+    "ingressclasses.networking.k8s.io": IngressClassStrategy,
+    "validatingwebhookconfigurations.admissionregistration.k8s.io": WebhookStrategy,
+    "mutatingwebhookconfigurations.admissionregistration.k8s.io": WebhookStrategy,
 }
 Propagation = Literal["", "Background", "Foreground", "Orphan"]
 _PROPAGATION_FINALIZERS: dict[str, str] = {"Foreground": "foregroundDeletion", "Orphan": "orphan"}
@@ -147,7 +154,7 @@ class Registry:
             self.admission.mutate(request)
             strategy.default(new)
         commit = strategy.allocate(None, new)
-        _refuse_if(kind, name, strategy.validate(new))
+        _refuse_if(kind, name, [*strategy.validate(new), *strategy.validate_create(new)])
         self.admission.validate(request)
         new["apiVersion"] = kind.api_version
         if dry_run:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from testbed.errors import Cause
 from testbed.manifests import kinds
 from testbed.manifests.kinds.causes import Causes, GoText
+from testbed.manifests.kinds.networking import INGRESS_CLASS_ANNOTATION
 from testbed.manifests.kinds.workloads import go_selector
 from testbed.model.cluster import ClusterConfig
 from testbed.model.objects import Object, Resource
@@ -75,6 +76,10 @@ class Strategy:
         """Count a change of the spec."""
         if self.has_generation and new.get("spec") != old.get("spec"):
             new["metadata"]["generation"] = old["metadata"].get("generation", 0) + 1
+
+    def validate_create(self, new: Object) -> list[Cause]:
+        """Return problems that only a new object can have."""
+        return []
 
     def validate_update(self, old: Object, new: Object) -> list[Cause]:
         """Return problems of the step from old to new."""
@@ -213,6 +218,42 @@ class DataStrategy(Strategy):
         if self.resource.key == "secrets" and old.get("type") != new.get("type"):
             causes.invalid("type", new.get("type", ""), "field is immutable")
         return causes
+
+
+class IngressStrategy(Strategy):
+    """Ingresses: counted generations, and one way to name the class."""
+
+    has_generation = True
+
+    def validate_create(self, new: Object) -> list[Cause]:
+        causes = Causes()
+        annotation = (new["metadata"].get("annotations") or {}).get(INGRESS_CLASS_ANNOTATION)
+        if annotation is not None and (new.get("spec") or {}).get("ingressClassName") is not None:
+            where = f"annotations.{INGRESS_CLASS_ANNOTATION}"
+            causes.invalid(where, annotation, "can not be set when the class field is also set")
+        return causes
+
+
+class IngressClassStrategy(Strategy):
+    """IngressClasses: counted generations, a controller for life."""
+
+    has_generation = True
+
+    def validate_update(self, old: Object, new: Object) -> list[Cause]:
+        causes = Causes()
+        if (old.get("spec") or {}).get("controller") != (new.get("spec") or {}).get("controller"):
+            causes.invalid("spec.controller", (new.get("spec") or {}).get("controller", ""), "field is immutable")
+        return causes
+
+
+class WebhookStrategy(Strategy):
+    """Webhook configurations: a change of the webhooks makes a new generation."""
+
+    has_generation = True
+
+    def settle_generation(self, old: Object, new: Object) -> None:
+        if old.get("webhooks") != new.get("webhooks"):
+            new["metadata"]["generation"] = old["metadata"].get("generation", 0) + 1
 
 
 class SliceStrategy(Strategy):

@@ -158,6 +158,10 @@ def test_deleting_a_namespace_takes_all_with_it(world: World) -> None:
     world.settle()
     assert world.registry.get("namespaces", "", "dev")["status"]["phase"] == "Terminating"
     assert {one.partition("/")[0] for one in world.left("dev", but=())} == {"pods"}
+    conditions = world.registry.get("namespaces", "", "dev")["status"]["conditions"]
+    said = {one["type"]: one["message"] for one in conditions}
+    assert said["NamespaceContentRemaining"] == "Some resources are remaining: pods. has 3 resource instances"
+    assert said["NamespaceFinalizersRemaining"] == "All content-preserving finalizers finished"
     world.kubelet.holds = lambda _pod: False
     world.settle()
     assert world.store.get("namespaces", "", "dev") is None
@@ -418,3 +422,53 @@ def test_a_thousand_pods_come_up_in_seconds() -> None:
         assert time.monotonic() - began < 20
         time.sleep(0.005)
     assert not world.errors
+
+
+def test_a_foreground_deletion_waits_for_everything_below(world: World) -> None:
+    """A Deployment stays until its ReplicaSet is gone, which stays until its pods are."""
+    world.create("deployments.apps", deployment())
+    world.settle()
+    world.kubelet.holds = lambda _pod: True
+    world.registry.delete("deployments.apps", "default", "web", propagation="Foreground")
+    world.settle()
+    (replica_set,) = world.store.list("replicasets.apps", "default")
+    assert replica_set["metadata"]["finalizers"] == ["foregroundDeletion"]
+    assert world.get("deployments.apps", "web")["metadata"]["finalizers"] == ["foregroundDeletion"]
+    assert all("deletionTimestamp" in pod["metadata"] for pod in world.pods(terminating=True))
+    world.kubelet.holds = lambda _pod: False
+    world.kubelet._todo.update(
+        {Key("pods", "default", pod["metadata"]["name"]): None for pod in world.pods(terminating=True)}
+    )
+    world.settle()
+    assert world.left("default") == []
+    assert world.errors == []
+
+
+def test_an_orphan_deletion_leaves_everything_below(world: World) -> None:
+    """The ReplicaSet and its pods live on without an owner, and a new Deployment of the same selector adopts them."""
+    world.create("deployments.apps", deployment())
+    world.settle()
+    names = {pod["metadata"]["name"] for pod in world.pods()}
+    world.registry.delete("deployments.apps", "default", "web", propagation="Orphan")
+    world.settle()
+    (replica_set,) = world.store.list("replicasets.apps", "default")
+    assert not replica_set["metadata"].get("ownerReferences")
+    world.create("deployments.apps", deployment())
+    world.settle()
+    assert {pod["metadata"]["name"] for pod in world.pods()} == names
+
+
+def test_what_has_two_owners_stays_with_the_other(world: World) -> None:
+    """A foreground deletion of one owner takes its reference off, and nothing else."""
+    owners = [world.create("configmaps", config_map(name)) for name in ("a", "b")]
+    references = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "name": one["metadata"]["name"], "uid": one["metadata"]["uid"],
+         "blockOwnerDeletion": True}
+        for one in owners
+    ]  # fmt: skip
+    child = config_map("child")
+    world.create("configmaps", {**child, "metadata": {**child["metadata"], "ownerReferences": references}})
+    world.registry.delete("configmaps", "default", "a", propagation="Foreground")
+    world.settle()
+    assert world.store.get("configmaps", "default", "a") is None
+    assert [ref["name"] for ref in world.get("configmaps", "child")["metadata"]["ownerReferences"]] == ["b"]

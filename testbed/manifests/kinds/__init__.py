@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from testbed.errors import Cause
-from testbed.manifests.kinds import cluster, pod, service, workloads
+from testbed.manifests.kinds import cluster, networking, pod, service, workloads
 from testbed.manifests.kinds.causes import Causes
 from testbed.manifests.kinds.metadata import validate_metadata
 from testbed.manifests.kinds.schema import decode_object, find_unknown, known_fields
@@ -40,6 +40,8 @@ _DEFAULTS: dict[str, Callable[[Object], None]] = {
     "replicasets.apps": workloads.default_replica_set,
     "daemonsets.apps": workloads.default_daemon_set,
     "jobs.batch": workloads.default_job,
+    "validatingwebhookconfigurations.admissionregistration.k8s.io": networking.default_webhooks,
+    "mutatingwebhookconfigurations.admissionregistration.k8s.io": networking.default_webhooks,
 }
 _RULES: dict[str, Callable[[Object, Causes], None]] = {
     "nodes": cluster.validate_node,
@@ -53,6 +55,12 @@ _RULES: dict[str, Callable[[Object, Causes], None]] = {
     "replicasets.apps": workloads.validate_replica_set,
     "daemonsets.apps": workloads.validate_daemon_set,
     "jobs.batch": workloads.validate_job,
+    "ingresses.networking.k8s.io": networking.validate_ingress,
+    "ingressclasses.networking.k8s.io": networking.validate_ingress_class,
+    "leases.coordination.k8s.io": networking.validate_lease,
+    "events": networking.validate_event,
+    "validatingwebhookconfigurations.admissionregistration.k8s.io": networking.validate_webhooks,
+    "mutatingwebhookconfigurations.admissionregistration.k8s.io": networking.validate_webhooks,
 }
 
 

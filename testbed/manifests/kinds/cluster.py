@@ -197,7 +197,21 @@ def validate_secret(obj: Object, causes: Causes) -> None:
         causes.invalid_each(f"data[{key}]", key, config_key_problems(key))
     if sum(len(value) for value in data.values()) > MAX_CONFIG_BYTES * 4 // 3:
         causes.too_long("data", MAX_CONFIG_BYTES)
-    if obj.get("type") == "kubernetes.io/tls":
-        for key in ("tls.crt", "tls.key"):
-            if key not in data:
-                causes.required(f"data[{key}]")
+    kind = obj.get("type")
+    for key in _SECRET_KEYS.get(str(kind), ()):
+        if key not in data:
+            causes.required(f"data[{key}]")
+    if kind == "kubernetes.io/basic-auth" and not {"username", "password"} & data.keys():
+        for key in ("username", "password"):
+            causes.required(f"data[{key}]")
+    account = "kubernetes.io/service-account.name"
+    if kind == "kubernetes.io/service-account-token" and not (obj["metadata"].get("annotations") or {}).get(account):
+        causes.required(f"metadata.annotations[{account}]")
+
+
+_SECRET_KEYS = {
+    "kubernetes.io/tls": ("tls.crt", "tls.key"),
+    "kubernetes.io/dockerconfigjson": (".dockerconfigjson",),
+    "kubernetes.io/dockercfg": (".dockercfg",),
+    "kubernetes.io/ssh-auth": ("ssh-privatekey",),
+}
