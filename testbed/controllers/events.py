@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from datetime import datetime
 
 from testbed.errors import ApiError
 from testbed.model.objects import Object
 from testbed.registry import Registry
 
 _MAX_NAME = 253 - 17  # of the object: a dot and sixteen characters follow
+_MAX_TOLD = 8192
 
 
-def event_name(obj: Object, kind: str, reason: str, message: str, component: str) -> str:
-    """Return ``NAME.`` and sixteen hexadecimal digits, the same for the same event.
+def event_name(obj: Object, now: str, revision: int) -> str:
+    """Return ``NAME.`` and sixteen hexadecimal digits: the time in nanoseconds, as upstream has it.
 
-    Upstream puts the time there and finds repetitions in a cache; here the name itself finds them.
+    Our clock has whole seconds; the store's revision stands for the rest, so that names sort in the order of telling.
     """
-    told = "\0".join((str(obj["metadata"].get("uid", "")), kind, reason, message, component))
-    return f"{obj['metadata']['name'][:_MAX_NAME]}.{blake2b(told.encode(), digest_size=8).hexdigest()}"
+    moment = int(datetime.fromisoformat(now).timestamp()) * 10**9 + revision % 10**9
+    return f"{obj['metadata']['name'][:_MAX_NAME]}.{moment:016x}"
 
 
 def record_event(
@@ -41,9 +42,9 @@ def record_event(
     """
     metadata = obj["metadata"]
     namespace = metadata.get("namespace") or "default"  # of Nodes and the like, as upstream
-    name = event_name(obj, kind, reason, message + "\0" + field_path, component)
     now = registry.now()
-    known = registry.store.get("events", namespace, name)
+    told = (str(metadata.get("uid", "")), kind, reason, message, component, field_path)
+    known = registry.store.get("events", namespace, registry.told.get(told, ""))
     try:
         if known is not None:
             count = int(known.get("count", 1)) + 1
@@ -63,7 +64,7 @@ def record_event(
         event = {
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": {"name": name, "namespace": namespace},
+            "metadata": {"name": event_name(obj, now, registry.store.revision), "namespace": namespace},
             "involvedObject": involved,
             "type": kind,
             "reason": reason,
@@ -75,6 +76,8 @@ def record_event(
             "lastTimestamp": now,
             "count": 1,
         }
-        registry.create("events", event)
+        if len(registry.told) >= _MAX_TOLD:  # the oldest half: of what is told again now and then, one is soon back
+            registry.told = dict(list(registry.told.items())[_MAX_TOLD // 2 :])
+        registry.told[told] = registry.create("events", event)["metadata"]["name"]
     except ApiError:
         return  # its namespace is going, or someone deleted it: telling must not fail what is told about

@@ -221,6 +221,7 @@ class Kubelet:
 def _machine() -> Machine:
     release = Path("/etc/os-release")
     fields = dict(line.partition("=")[::2] for line in release.read_text().splitlines()) if release.exists() else {}
+    disk = os.statvfs("/")
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return Machine(
         kernel=platform.release(),
@@ -228,4 +229,15 @@ def _machine() -> Machine:
         architecture={"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
         cpus=os.cpu_count() or 1,
         memory_kib=pages * size // 1024,
+        storage_kib=disk.f_blocks * disk.f_frsize // 1024,
+        machine_id=_first_line("/etc/machine-id"),
+        system_uuid=_first_line("/sys/class/dmi/id/product_uuid"),
+        boot_id=_first_line("/proc/sys/kernel/random/boot_id"),
     )
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().splitlines()[0].strip()
+    except (OSError, IndexError):
+        return ""

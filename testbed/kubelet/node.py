@@ -10,6 +10,16 @@ from testbed.model.topology import NodeSpec
 
 KUBELET_VERSION = "v1.30.0"
 RUNTIME_VERSION = "testbed://0.1.0"
+KUBELET_PORT = 10250
+_ANNOTATIONS = {
+    "node.alpha.kubernetes.io/ttl": "0",
+    "volumes.kubernetes.io/controller-managed-attach-detach": "true",
+}
+_NO_PRESSURE = (
+    ("MemoryPressure", "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+    ("DiskPressure", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+    ("PIDPressure", "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +31,10 @@ class Machine:
     architecture: str  # amd64, arm64
     cpus: int
     memory_kib: int
+    storage_kib: int = 0
+    machine_id: str = ""
+    system_uuid: str = ""
+    boot_id: str = ""
 
 
 def node_object(spec: NodeSpec, machine: Machine, now: str) -> Object:
@@ -40,7 +54,7 @@ def node_object(spec: NodeSpec, machine: Machine, now: str) -> Object:
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": spec.name, "labels": labels},
+        "metadata": {"name": spec.name, "labels": labels, "annotations": dict(_ANNOTATIONS)},
         "spec": {
             "podCIDR": str(spec.pod_cidr),
             "podCIDRs": [str(spec.pod_cidr)],
@@ -52,11 +66,19 @@ def node_object(spec: NodeSpec, machine: Machine, now: str) -> Object:
 
 def node_status(spec: NodeSpec, machine: Machine, now: str) -> dict[str, object]:
     pods = max(110, spec.pod_cidr.num_addresses - 3)  # 110 is the kubelet's default
-    capacity = {"cpu": str(machine.cpus), "memory": f"{machine.memory_kib}Ki", "pods": str(pods)}
-    good = {"MemoryPressure": "KubeletHasSufficientMemory", "DiskPressure": "KubeletHasNoDiskPressure",
-            "PIDPressure": "KubeletHasSufficientPID"}  # fmt: skip
+    capacity = {
+        "cpu": str(machine.cpus),
+        "ephemeral-storage": f"{machine.storage_kib}Ki",
+        "hugepages-1Gi": "0",
+        "hugepages-2Mi": "0",
+        "memory": f"{machine.memory_kib}Ki",
+        "pods": str(pods),
+    }
     times = {"lastHeartbeatTime": now, "lastTransitionTime": now}
-    conditions = [{"type": type_, "status": "False", "reason": reason, **times} for type_, reason in good.items()]
+    conditions = [
+        {"type": type_, "status": "False", "reason": reason, "message": message, **times}
+        for type_, reason, message in _NO_PRESSURE
+    ]
     message = "kubelet is posting ready status"
     conditions.append({"type": "Ready", "status": "True", "reason": "KubeletReady", "message": message, **times})
     return {
@@ -67,7 +89,11 @@ def node_status(spec: NodeSpec, machine: Machine, now: str) -> dict[str, object]
         "capacity": capacity,
         "allocatable": capacity,
         "conditions": conditions,
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": KUBELET_PORT}},
         "nodeInfo": {
+            "bootID": machine.boot_id,
+            "machineID": machine.machine_id,
+            "systemUUID": machine.system_uuid,
             "architecture": machine.architecture,
             "containerRuntimeVersion": RUNTIME_VERSION,
             "kernelVersion": machine.kernel,

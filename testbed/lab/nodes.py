@@ -15,13 +15,13 @@ from aiohttp import web
 
 from testbed.errors import ApiError
 from testbed.kubelet.agent import Kubelet
+from testbed.kubelet.node import KUBELET_PORT
 from testbed.kubelet.server import KubeletServer
 from testbed.lab.runtime import SpawnerRuntime
 from testbed.model.topology import NodeSpec
 from testbed.registry.errors import bad_request
 
 POWER_PATH = "/testbed/v1/nodes/{name}/power"
-_KUBELET_PORT = 10250
 
 
 class LabNodes:
@@ -56,7 +56,7 @@ class LabNodes:
         kubelet = self._kubelets.get(node)
         if kubelet is None:
             spec = self._specs.get(node)
-            where = f"{spec.address}:{_KUBELET_PORT}" if spec is not None else node
+            where = f"{spec.address}:{KUBELET_PORT}" if spec is not None else node
             words = "connect: no route to host" if spec is not None else f"lookup {node}: no such host"
             raise ApiError(500, "InternalError", f'Get "https://{where}": dial tcp {where}: {words}')
         return KubeletServer(kubelet)

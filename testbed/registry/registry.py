@@ -90,6 +90,8 @@ class Registry:
         self._pick = pick
         self.resources = ResourceTable()
         self.admission = Admission(store)
+        #: What has been told in Events -> the Event's name, by which a repetition is found and counted.
+        self.told: dict[tuple[str, ...], str] = {}
         self._strategies: dict[str, Strategy] = {
             resource.key: _STRATEGIES.get(resource.key, Strategy)(resource, self.config, pick)
             for resource in self.resources.all()
