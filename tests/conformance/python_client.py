@@ -1,4 +1,4 @@
-"""What a user of the Python `kubernetes` client would write; run as a program: SERVER, then exec or portforward.
+"""What a user of the Python `kubernetes` client would write; run as a program: KUBECONFIG, then exec or portforward.
 
 A program of its own, because the client leaves its sockets to the garbage collector, which our tests count as an error.
 """
@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from kubernetes import client
+from kubernetes import client, config
 from kubernetes.stream import portforward, stream
 
 
@@ -39,5 +39,5 @@ def forward_ports(api: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    api = client.CoreV1Api(client.ApiClient(client.Configuration(host=sys.argv[1])))
+    api = client.CoreV1Api(config.new_client_from_config(sys.argv[1]))
     print(json.dumps(run_commands(api) if sys.argv[2] == "exec" else forward_ports(api)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import pty
 import re
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +23,6 @@ import pytest
 from testbed.lab.handle import Lab
 from testbed.lab.start import start_lab
 from testbed.manifests import find_topology, load_topology
-from tests.conformance.bridge import bridge
 
 KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or ""
 pytestmark = [
@@ -76,23 +77,14 @@ def _settled(lab: Lab) -> bool:
 
 
 @pytest.fixture(scope="module")
-def server(lab: Lab) -> Iterator[str]:
-    with bridge(str(lab.folder / "api" / "api.sock")) as port:
-        yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture(scope="module")
-def command(server: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [KUBECTL, "--server", server, "--cache-dir", str(tmp_path_factory.mktemp("cache"))]
+def command(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [KUBECTL, "--kubeconfig", str(lab.kubeconfig), "--cache-dir", str(tmp_path_factory.mktemp("cache"))]
 
 
 @pytest.fixture(scope="module")
 def kubectl(command: list[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "KUBECONFIG": os.devnull}
-        return subprocess.run(
-            [*command, *argv], input=stdin, capture_output=True, text=True, timeout=60, check=False, env=env
-        )
+        return subprocess.run([*command, *argv], input=stdin, capture_output=True, text=True, timeout=60, check=False)
 
     return run
 
@@ -137,7 +129,7 @@ def test_logs_that_are_not_there(kubectl: Kubectl, argv: list[str], message: str
 def test_following_logs(command: list[str]) -> None:
     """`logs -f` prints lines as they come, and standard error with them."""
     argv = [*command, "logs", "-f", "two", "-c", "a"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env={**os.environ, "KUBECONFIG": os.devnull}) as run:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         first = [run.stdout.readline() for _ in range(4)]
         seen = int(first[2].split()[1])
@@ -174,7 +166,6 @@ def test_exec_with_a_terminal(command: list[str]) -> None:
     """`kubectl exec -it` gives a shell on a terminal of our size, and its exit status."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ["KUBECONFIG"] = os.devnull
         os.execv(command[0], [*command, "exec", "-it", "web", "--", "sh"])
     try:
         import fcntl
@@ -213,8 +204,7 @@ def test_cp(kubectl: Kubectl, tmp_path: Path) -> None:
 def test_attach(kubectl: Kubectl, command: list[str]) -> None:
     """`kubectl attach` joins a running shell: what is typed reaches it, and its answer is logged as well."""
     argv = [*command, "attach", "-i", "two", "-c", "shell"]
-    env = {**os.environ, "KUBECONFIG": os.devnull}
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as run:
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
         assert run.stdin is not None and run.stdout is not None
         run.stdin.write(b"echo at$((1+1))tached\n")
         run.stdin.flush()
@@ -226,8 +216,7 @@ def test_attach(kubectl: Kubectl, command: list[str]) -> None:
 def test_port_forward(command: list[str]) -> None:
     """Requests to a port of ours reach the pod, one after the other and at the same time."""
     argv = [*command, "port-forward", "pod/web", ":80"]
-    env = {**os.environ, "KUBECONFIG": os.devnull}
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env) as run:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         port = int(re.match(r"Forwarding from 127.0.0.1:(\d+) -> 80", run.stdout.readline())[1])  # type: ignore[index]
         answers = []
@@ -238,34 +227,41 @@ def test_port_forward(command: list[str]) -> None:
         run.kill()
 
 
-def test_older_clients_are_told_what_to_do(server: str) -> None:
+def test_older_clients_are_told_what_to_do(lab: Lab) -> None:
     """A SPDY upgrade gets a Status whose message, which kubectl prints, names the way out."""
-    url = f"{server}/api/v1/namespaces/default/pods/web/exec?command=true&stdout=true"
-    request = urllib.request.Request(url, method="POST", headers={"Connection": "Upgrade", "Upgrade": "SPDY/3.1"})
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
-    status = json.loads(refused.value.read())
-    assert (refused.value.code, status["kind"]) == (400, "Status")
+    connection = http.client.HTTPConnection("localhost", timeout=10)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(lab.folder / "api" / "api.sock"))
+    path = "/api/v1/namespaces/default/pods/web/exec?command=true&stdout=true"
+    connection.request("POST", path, headers={"Connection": "Upgrade", "Upgrade": "SPDY/3.1"})
+    answer = connection.getresponse()
+    status = json.loads(answer.read())
+    connection.close()
+    assert (answer.status, status["kind"]) == (400, "Status")
     assert "testbed kubectl" in status["message"]
 
 
-def python_client(server: str, what: str) -> Any:
+def python_client(lab: Lab, what: str) -> Any:
     pytest.importorskip("kubernetes", reason="the Python client is not installed: pip install kubernetes")
     script = Path(__file__).with_name("python_client.py")
     done = subprocess.run(
-        [sys.executable, str(script), server, what], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(script), str(lab.kubeconfig), what],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_the_python_clients_exec(server: str) -> None:
+def test_the_python_clients_exec(lab: Lab) -> None:
     """`kubernetes.stream` runs a command: in one go, and as a conversation."""
-    assert python_client(server, "exec") == {"once": "hi\n", "line": "42", "errors": "oops\n", "status": 3}
+    assert python_client(lab, "exec") == {"once": "hi\n", "line": "42", "errors": "oops\n", "status": 3}
 
 
-def test_the_python_clients_port_forward(server: str) -> None:
+def test_the_python_clients_port_forward(lab: Lab) -> None:
     """`kubernetes.stream.portforward` gives a socket to a port of the pod, and an error for one where nobody listens."""
-    seen = python_client(server, "portforward")
+    seen = python_client(lab, "portforward")
     assert seen["answer"] == "HTTP/1.1 200 OK"
     assert "dial tcp4 127.0.0.1:81: connect: connection refused" in seen["error"]
