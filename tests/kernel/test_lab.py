@@ -140,11 +140,11 @@ def test_what_a_dead_lab_left_is_reused() -> None:
 
 
 def test_kube_proxy_has_synced_when_up_returns(lab: str) -> None:
-    """On every node the chains of Service default/kubernetes are there: it has no endpoints, so it is rejected."""
+    """On every node the chains of Service default/kubernetes are there; its endpoint is the lab itself."""
     for node in ("node1", "node2", "node3"):
         rules = command("exec", "-l", lab, node, "--", "iptables-save").stdout
         assert (
-            '-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m comment --comment "default/kubernetes:https has no endpoints"'
+            '-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m comment --comment "default/kubernetes:https cluster IP"'
             in rules
         )
 
