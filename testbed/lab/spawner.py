@@ -498,7 +498,13 @@ def preload() -> None:
 def _run_cli(network: LabNetwork) -> None:
     from testbed.underlay.stock import CLI
 
-    CLI(network)
+    if os.isatty(0):
+        CLI(network)
+        return
+    # Commands from a file or a pipe: Mininet would give the lines that follow a command to that command as its input.
+    never, held_open = os.pipe()
+    with open(never) as nothing, open(held_open, "w"):
+        CLI(network, stdin=nothing)
 
 
 def _folders_to_keep() -> tuple[str, ...]:
