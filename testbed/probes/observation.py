@@ -11,10 +11,11 @@ class Outcome(Enum):
 
     ANSWERED = "answered"
     REFUSED = "refused"  # TCP reset to the first packet, or ICMP port unreachable
-    TIMED_OUT = "timed out"
+    TIMED_OUT = "timed out"  # also UDP that the asking machine's own rules drop
     UNREACHABLE = "unreachable"  # ICMP host or net unreachable, or no route
     RESET = "reset"  # the connection was there and broke
     NAME_NOT_FOUND = "name not found"
+    FAILED = "failed"  # anything else: the asking machine could not send it, or what came back was not HTTP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
