@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from testbed.kernel.processes import Completed
 from testbed.model.objects import Object
+from testbed.model.topology import Topology
 
 T = TypeVar("T")
 
@@ -32,6 +33,9 @@ class LabLike(Protocol):
 
     @property
     def api(self) -> ObjectApi: ...
+
+    @property
+    def topology(self) -> Topology: ...
 
     def call(self, where: str, function: Callable[..., T], *args: Any, timeout_s: float) -> T: ...
 
