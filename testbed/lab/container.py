@@ -35,11 +35,12 @@ class ContainerStart:
     keep: tuple[str, ...]  # folders that must stay visible (rootfs.enter_root)
 
 
-def fork_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> int:
+def fork_container(start: ContainerStart, node_pidfd: int, network_fd: int, uts_fd: int, report: int) -> int:
     """Fork and return the pid.
 
     Args:
-        node_pidfd, place_pidfd: processes that hold the node's namespaces, and the pod's (the node's for hostNetwork).
+        node_pidfd: the process that holds the node's namespaces.
+        network_fd, uts_fd: the pod's namespaces (the node's for hostNetwork).
         report: a pipe that closes when the program runs, or says why it does not.
     """
     own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
@@ -47,18 +48,18 @@ def fork_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, rep
         linux.unshare(linux.CLONE_NEWPID)  # of children only
         pid = os.fork()
         if pid == 0:
-            _be_container(start, node_pidfd, place_pidfd, report)
+            _be_container(start, node_pidfd, network_fd, uts_fd, report)
         return pid
     finally:
         linux.setns(own_pid_namespace, linux.CLONE_NEWPID)
         os.close(own_pid_namespace)
 
 
-def _be_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> NoReturn:
+def _be_container(start: ContainerStart, node_pidfd: int, network_fd: int, uts_fd: int, report: int) -> NoReturn:
     status = 128
     spec = start.spec
     try:
-        _enter_container(start, node_pidfd, place_pidfd, report)
+        _enter_container(start, node_pidfd, network_fd, uts_fd, report)
         if spec.builtin:
             os.close(report)
             status = _run_builtin(spec)
@@ -85,7 +86,7 @@ def _run_builtin(spec: ContainerSpec) -> int:
     return run_builtin(spec.builtin, spec.builtin_args)
 
 
-def _enter_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int) -> None:
+def _enter_container(start: ContainerStart, node_pidfd: int, network_fd: int, uts_fd: int, report: int) -> None:
     sandbox, spec = start.sandbox, start.spec
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -96,7 +97,8 @@ def _enter_container(start: ContainerStart, node_pidfd: int, place_pidfd: int, r
         os.dup2(source, number)
     # The node's mounts first, so that a hostPath is a path of the node; then the sandbox's network and name.
     linux.setns(node_pidfd, linux.CLONE_NEWNS)
-    linux.setns(place_pidfd, linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
+    linux.setns(network_fd, linux.CLONE_NEWNET)
+    linux.setns(uts_fd, linux.CLONE_NEWUTS)
     linux.close_descriptors_except(report)
     linux.unshare(linux.CLONE_NEWNS)
     _make_root(start, proc=True)
@@ -115,13 +117,13 @@ def _make_root(start: ContainerStart, *, proc: bool) -> None:
     enter_root(start.folder, binds=start.binds, keep=start.keep, proc=proc)
 
 
-def prepare_mounts(start: ContainerStart, node_pidfd: int, place_pidfd: int) -> int:
+def prepare_mounts(start: ContainerStart, node_pidfd: int, network_fd: int) -> int:
     """Make a container's mount namespace, all but /proc, and return a descriptor of it. Only for a process with one thread."""
     own = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("net", "mnt")]
     prepared = -1
     try:
         linux.setns(node_pidfd, linux.CLONE_NEWNS)
-        linux.setns(place_pidfd, linux.CLONE_NEWNET)  # which /sys shows
+        linux.setns(network_fd, linux.CLONE_NEWNET)  # which /sys shows
         linux.unshare(linux.CLONE_NEWNS)
         prepared = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         _make_root(start, proc=False)

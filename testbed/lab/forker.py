@@ -32,7 +32,7 @@ OPEN_FILES = (4096, 1 << 20)
 
 _ANSWER = struct.Struct("=i")  # a pid, or a negative errno
 _ORDER_BYTES = 65536
-_FDS_BYTES = socket.CMSG_SPACE(6 * _ANSWER.size)
+_FDS_BYTES = socket.CMSG_SPACE(7 * _ANSWER.size)
 
 
 class Forker:
@@ -47,8 +47,8 @@ class Forker:
         Args:
             order: plain values: ``capabilities`` (a mask, or -1 for what the forker has), ``cwd``, ``uid``, ``gid``,
                 ``groups``, and ``ports``, ``identity`` and ``text`` for `echo.serve`.
-            fds: a mount namespace; a process in the network and UTS namespaces; a pipe that closes when the program
-                runs, or says why it does not; standard input, output and error.
+            fds: a mount, a network and a UTS namespace; a pipe that closes when the program runs, or says why it does
+                not; standard input, output and error.
 
         Raises:
             OSError: why there is none.
@@ -90,7 +90,7 @@ def _serve(connection: socket.socket) -> None:
         order, ancillary, _flags, _address = connection.recvmsg(_ORDER_BYTES, _FDS_BYTES, socket.MSG_CMSG_CLOEXEC)
         if not order:
             return
-        fds = struct.unpack("=6i", ancillary[0][2])
+        fds = struct.unpack("=7i", ancillary[0][2])
         try:
             pid = linux.clone_sibling(linux.CLONE_NEWPID)
         except OSError as error:
@@ -103,7 +103,7 @@ def _serve(connection: socket.socket) -> None:
 
 
 def _be_container(
-    packed: bytes, mounts: int, place_pidfd: int, report: int, stdin: int, stdout: int, stderr: int
+    packed: bytes, mounts: int, network: int, uts: int, report: int, stdin: int, stdout: int, stderr: int
 ) -> NoReturn:  # fmt: skip
     status = 128
     try:
@@ -112,7 +112,8 @@ def _be_container(
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         linux.setns(mounts, linux.CLONE_NEWNS)
-        linux.setns(place_pidfd, linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
+        linux.setns(network, linux.CLONE_NEWNET)
+        linux.setns(uts, linux.CLONE_NEWUTS)
         linux.close_range(3, report - 1)
         linux.close_range(report + 1)
         mount_proc("/proc")

@@ -41,6 +41,7 @@ from testbed.lab.container import (
 from testbed.lab.forker import FORKED_ELSEWHERE, Forker
 from testbed.lab.frames import FrameReader, send_frame
 from testbed.model.topology import Topology
+from testbed.underlay.holder import Holder
 from testbed.underlay.hosts import inside_network
 from testbed.underlay.network import LabNetwork, make_private_folder
 
@@ -297,23 +298,25 @@ class Spawner:
             binds=tuple(self._bind(sandbox, mount) for mount in spec.mounts),
             keep=self._keep,
         )
-        node = self.network[sandbox.spec.node].holder.pidfd
-        place = node if sandbox.spec.address is None else self.network[sandbox.name].holder.pidfd
+        node: Holder = self.network[sandbox.spec.node].holder
+        place: Holder = node if sandbox.spec.address is None else self.network[sandbox.name].holder
         if spec.builtin == FORKED_ELSEWHERE and self._forker is not None:
             pid = self._fork_elsewhere(self._forker, start, node, place, report)
         else:
-            pid = fork_container(start, node, place, report)
+            pid = fork_container(start, node.pidfd, place.network_fd, place.uts_fd, report)
         container = _Container(spec, folder, pid, -1)
         container.pidfd = self._watch_child(pid, lambda status: self._container_ended(container, status))
         return container
 
-    def _fork_elsewhere(self, forker: Forker, start: ContainerStart, node: int, place: int, report: int) -> int:
+    def _fork_elsewhere(
+        self, forker: Forker, start: ContainerStart, node: Holder, place: Holder, report: int
+    ) -> int:  # fmt: skip
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         log = os.open(start.log, LOG_MODE, 0o600)
         mounts = -1
         try:
-            mounts = prepare_mounts(start, node, place)
-            return forker.fork(order_of(start.spec), (mounts, place, report, null, log, log))
+            mounts = prepare_mounts(start, node.pidfd, place.network_fd)
+            return forker.fork(order_of(start.spec), (mounts, place.network_fd, place.uts_fd, report, null, log, log))
         finally:
             for fd in (null, log, mounts):
                 if fd >= 0:
