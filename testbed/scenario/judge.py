@@ -59,7 +59,7 @@ def judge(
     return Verdict(
         passed=all(holds for _, holds in claims),
         wanted=", ".join(text for text, _ in claims),
-        seen=_describe(observations, counts, step, pods),
+        seen=_describe(observations, counts, step, pods, mode),
         counts=dict(sorted(counts.items())),
     )
 
@@ -96,7 +96,7 @@ def _shares(answered_by: AnsweredBy, counts: Counter[str], pods: Sequence[str], 
 
 
 def _describe(
-    observations: Sequence[Observation], counts: Counter[str], step: ExpectStep, pods: Sequence[str]
+    observations: Sequence[Observation], counts: Counter[str], step: ExpectStep, pods: Sequence[str], mode: str
 ) -> str:  # fmt: skip
     """Return what was seen: outcomes, then statuses, pods and clients as far as the step is about them."""
     parts = []
@@ -116,7 +116,7 @@ def _describe(
         silent = [(pod, 0) for pod in pods if pod not in counts] if step.answered_by.share is Share.EACH else []
         named = ", ".join(f"{pod or 'no pod named'} ×{number}" for pod, number in sorted([*counts.items(), *silent]))
         parts.append(f"from {named}")
-        if step.answered_by.spread is Spread.EVEN:
+        if step.answered_by.spread is Spread.EVEN and mode in RANDOM_MODES:
             parts.append(f"chi-square p = {chi_square_p([counts[pod] for pod in pods]):.2g}")
     if step.sees_client is not None and answered:
         clients = Counter(o.seen_client or "no address" for o in answered)
