@@ -200,7 +200,9 @@ class _Runner:
         for file in step.files:
             for source in reversed(load_objects(file)):
                 obj = source.object
-                resource = BY_KIND[(obj["apiVersion"], obj["kind"])]
+                resource = BY_KIND.get((obj["apiVersion"], obj["kind"]))
+                if resource is None:  # nothing of this kind can be there
+                    continue
                 namespace = (namespace_of(obj) or "default") if resource.namespaced else ""
                 references.append((resource.key, namespace, name_of(obj)))
         for reference in references:
