@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,10 +21,24 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 TESTBED = [sys.executable, "-m", "testbed"]
 
 
+def mine(name: str) -> str:
+    """Return a lab name of this test process alone: others may run beside it."""
+    return f"{name}-{os.getpid()}"
+
+
 def command(*argv: str, status: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([*TESTBED, *argv], capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload]
     assert done.returncode == status, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_what_failed() -> Iterator[None]:
+    """A test that fails halfway leaves no lab behind."""
+    yield
+    for record in list_records():
+        if record.name.endswith(f"-{os.getpid()}"):
+            command("down", record.name)
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +70,37 @@ def host_state() -> dict[str, str]:
     }
 
 
-def processes_of_labs() -> list[str]:
-    """Return the processes on this machine that live in another PID namespace than we do.
+def descendants(first: int) -> dict[int, str]:
+    """Return the living processes below one, which is left out: pid -> command line.
 
-    Zombies do not count: they have ended, and how soon a detached lab's is collected is up to the machine's init.
+    Zombies have ended, and how soon a detached lab's are collected is up to the machine's init.
     """
-    ours = os.stat("/proc/self/ns/pid").st_ino
-    found = []
+    parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if state != "Z" and os.stat(entry / "ns" / "pid").st_ino != ours:
-                    found.append(f"{entry.name} {(entry / 'cmdline').read_text().replace(chr(0), ' ')}")
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    parents[int(entry.name)] = int(parent)
+    found: dict[int, str] = {}
+    heads = {first}
+    while heads:
+        heads = {pid for pid, parent in parents.items() if parent in heads}
+        for pid in heads:
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     return found
+
+
+def still_alive(processes: dict[int, str]) -> dict[int, str]:
+    """Return those that are still there under the same command line."""
+    alive = {}
+    for pid, line in processes.items():
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") == line:
+                alive[pid] = line
+    return alive
 
 
 def lab_pid(name: str) -> int:
@@ -80,40 +110,40 @@ def lab_pid(name: str) -> int:
 def test_the_host_stays_as_it_is() -> None:
     """Links, addresses, routes, rules, mounts, sysctls and files are the same before, during and after a lab."""
     before = host_state()
-    command("up", "isolated")
+    command("up", mine("isolated"))
     during = host_state()
-    command("down", "isolated")
+    command("down", mine("isolated"))
     assert during == before
     assert host_state() == before
 
 
 def test_killing_the_first_process_removes_everything(eventually: Callable[..., object]) -> None:
     """A second after SIGKILL no process of the lab is left, and the next `ls` removes its folder."""
-    others = set(processes_of_labs())
-    command("up", "victim")
-    pid = lab_pid("victim")
-    assert set(processes_of_labs()) - others
+    command("up", mine("victim"))
+    pid = lab_pid(mine("victim"))
+    processes = descendants(pid)
+    assert len(processes) >= 10  # spawner, control, four machines, three kube-proxies, …
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not set(processes_of_labs()) - others, within_s=1)
-    assert (state_root() / "victim").is_dir()
-    assert "victim" not in command("ls", "-o", "json").stdout
-    assert not (state_root() / "victim").exists()
+    eventually(lambda: not still_alive(processes), within_s=1)
+    assert (state_root() / mine("victim")).is_dir()
+    assert mine("victim") not in command("ls", "-o", "json").stdout
+    assert not (state_root() / mine("victim")).exists()
 
 
 def test_two_labs_of_one_topology(lab: str) -> None:
     """Labs run side by side with the same names and addresses, and a rule in one is not in the other."""
-    command("up", "second")
+    command("up", mine("second"))
     try:
         both = {row["name"]: row for row in json.loads(command("ls", "-o", "json").stdout)}
-        assert both["second"]["nodes"] == both[lab]["nodes"] == ["node1", "node2", "node3"]
-        command("exec", "-l", "second", "node1", "--", "iptables", "-N", "ONLY-HERE")
-        assert "ONLY-HERE" in command("exec", "-l", "second", "node1", "--", "iptables-save").stdout
+        assert both[mine("second")]["nodes"] == both[lab]["nodes"] == ["node1", "node2", "node3"]
+        command("exec", "-l", mine("second"), "node1", "--", "iptables", "-N", "ONLY-HERE")
+        assert "ONLY-HERE" in command("exec", "-l", mine("second"), "node1", "--", "iptables-save").stdout
         assert "ONLY-HERE" not in command("exec", "-l", lab, "node1", "--", "iptables-save").stdout
         refusal = command("exec", "node1", "--", "true", status=3).stderr
         assert "several labs are running" in refusal
         assert "name one" in refusal
     finally:
-        command("down", "second")
+        command("down", mine("second"))
 
 
 def test_a_name_that_is_taken(lab: str) -> None:
@@ -229,37 +259,37 @@ def test_mininet_cli(lab: str, tmp_path: Path) -> None:
 
 def test_interrupted_start(eventually: Callable[..., object]) -> None:
     """Ctrl-C in the middle of a start ends with 130, and everything is gone."""
-    others = set(processes_of_labs())
     with subprocess.Popen(
-        [*TESTBED, "up", "halfway"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*TESTBED, "up", mine("halfway")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as start:
-        eventually(lambda: set(processes_of_labs()) - others, within_s=10)
+        processes = eventually(lambda: descendants(start.pid), within_s=10)
         start.send_signal(signal.SIGINT)
         _, stderr = start.communicate(timeout=20)
     assert start.returncode == 130
     assert "interrupted" in stderr
-    assert not set(processes_of_labs()) - others
-    assert not (state_root() / "halfway").exists()
+    assert not still_alive(processes)
+    assert not (state_root() / mine("halfway")).exists()
 
 
 def test_a_starter_that_is_killed_takes_its_lab_along(eventually: Callable[..., object]) -> None:
     """SIGKILL to `testbed up` before the lab is ready leaves no process behind."""
-    others = set(processes_of_labs())
-    with subprocess.Popen([*TESTBED, "up", "orphan"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as start:
-        eventually(lambda: set(processes_of_labs()) - others, within_s=10)
+    with subprocess.Popen(
+        [*TESTBED, "up", mine("orphan")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as start:
+        processes = eventually(lambda: descendants(start.pid), within_s=10)
         start.kill()
-    eventually(lambda: not set(processes_of_labs()) - others, within_s=3)
+    eventually(lambda: not still_alive(processes), within_s=3)
     command("ls")
-    assert not (state_root() / "orphan").exists()
+    assert not (state_root() / mine("orphan")).exists()
 
 
 def test_down_is_quick_and_complete(eventually: Callable[..., object]) -> None:
     """`down` returns when every process has ended; a second `down` says that there is no such lab."""
-    command("up", "short")
+    command("up", mine("short"))
     started = time.monotonic()
-    assert command("down", "short").stdout == "lab short is gone\n"
+    assert command("down", mine("short")).stdout == f"lab {mine('short')} is gone\n"
     assert time.monotonic() - started < 5  # the budget, 1 s, is measured in benchmarks/up.py
-    assert "no lab named 'short' is running" in command("down", "short", status=3).stderr
+    assert f"no lab named {mine('short')!r} is running" in command("down", mine("short"), status=3).stderr
 
 
 def test_not_root() -> None:
