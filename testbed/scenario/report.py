@@ -161,7 +161,8 @@ def junit_report(results: Sequence[tuple[ScenarioResult, str]], skipped: Sequenc
         )
         ElementTree.SubElement(case, "skipped", message=_xml(reason))
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+    # declared here: ElementTree would declare the locale's encoding
+    return "<?xml version='1.0' encoding='utf-8'?>\n" + ElementTree.tostring(root, encoding="unicode")
 
 
 def _xml(text: str) -> str:
@@ -173,8 +174,8 @@ def write_reports(
 ) -> None:  # fmt: skip
     """Write scenario.json, junit.xml and observations.json (every single answer) into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenario.json").write_text(json_report(results, skipped) + "\n")
-    (folder / "junit.xml").write_text(junit_report(results, skipped) + "\n")
+    (folder / "scenario.json").write_text(json_report(results, skipped) + "\n", encoding="utf-8")
+    (folder / "junit.xml").write_text(junit_report(results, skipped) + "\n", encoding="utf-8")
     observations = [
         {
             "scenario": result.scenario.name,
@@ -186,4 +187,4 @@ def write_reports(
         for step in result.steps
         if step.observations
     ]
-    (folder / "observations.json").write_text(json.dumps(observations, indent=1) + "\n")
+    (folder / "observations.json").write_text(json.dumps(observations, indent=1) + "\n", encoding="utf-8")
