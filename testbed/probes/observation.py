@@ -11,7 +11,7 @@ class Outcome(Enum):
 
     ANSWERED = "answered"
     REFUSED = "refused"  # TCP reset to the first packet, or ICMP port unreachable
-    TIMED_OUT = "timed out"  # also UDP that the asking machine's own rules drop
+    TIMED_OUT = "timed out"
     UNREACHABLE = "unreachable"  # ICMP host or net unreachable, or no route
     RESET = "reset"  # the connection was there and broke
     NAME_NOT_FOUND = "name not found"
