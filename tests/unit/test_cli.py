@@ -54,12 +54,12 @@ spec:
   nodes:
     - {name: node1, network: lam, address: 192.168.1.11}
   hosts:
-    - {name: client, network: lan, adress: 192.168.2.100}
+    - {name: client, network: lan, addres_: 192.168.2.100}
 """
 TOPOLOGY_PROBLEMS = [
     "topology.yaml:8: spec.nodes[0].network: no network is called 'lam' (did you mean \"lan\"?)",
     'topology.yaml:10: spec.hosts[0]: required field "address" is missing',
-    'topology.yaml:10: spec.hosts[0]: unknown field "adress" (did you mean "address"?)',
+    'topology.yaml:10: spec.hosts[0]: unknown field "addres_" (did you mean "address"?)',
 ]
 SCENARIO = """\
 apiVersion: testbed/v1

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,26 @@ def test_json() -> None:
         ],
         "skipped": [{"scenario": "s", "mode": "ipvs", "reason": "no ip_vs here"}],
     }  # fmt: skip
+
+
+def test_the_fields_are_described() -> None:
+    """docs/scenario.md has each field of the documents, and each word that a status or an outcome can be."""
+    described = set(
+        re.findall(
+            r"`([^`]+)`", (Path(__file__).parents[2] / "docs" / "scenario.md").read_text().partition("## Reports")[2]
+        )
+    )
+    document = json.loads(json_report([(result(FAILED), "s")], SKIPPED))
+    (found,) = document["results"]
+    fields = {
+        *document,
+        *found,
+        *found["steps"][0],
+        *document["skipped"][0],
+        *(one.name for one in fields_of(Observation)),
+    }
+    words = {one.value for one in (*Outcome, *Status)}
+    assert fields | words <= described
 
 
 @pytest.mark.parametrize(("steps", "passed"), [((PASSED,), True), ((PASSED, FAILED), False), ((), True)])
