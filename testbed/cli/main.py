@@ -88,10 +88,11 @@ def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, .
         topology_file = find_topology(topology)
     _check_whole([topology_file, *files])
     loaded = load_topology(topology_file)
+    objects = [source for file in files for source in load_objects(file)]
     mode = check_mode(proxy_mode or loaded.proxy_mode)
     check_machine()
     with start_lab(loaded, name=name, proxy_mode=mode, attached=True, on_progress=_progress) as lab:
-        for source in [source for file in files for source in load_objects(file)]:
+        for source in objects:
             try:
                 obj, verb = lab.api.apply(source.object)
             except ApiError as error:  # the lab ends with this command: nothing stays half applied

@@ -113,6 +113,10 @@ def _lock(path: Path) -> LabFolder | None:
         fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         return _GONE
+    except PermissionError as error:
+        raise InputError(
+            f"lab {path.name!r} belongs to another user (its folder is {path}): run this command as root, or with sudo"
+        ) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.stat(path / "lock").st_ino == os.fstat(fd).st_ino:

@@ -259,12 +259,16 @@ def test_mininet_cli(lab: str, tmp_path: Path) -> None:
 
 def test_interrupted_start(eventually: Callable[..., object]) -> None:
     """Ctrl-C in the middle of a start ends with 130, and everything is gone."""
-    with subprocess.Popen(
-        [*TESTBED, "up", mine("halfway")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as start:
-        processes = eventually(lambda: descendants(start.pid), within_s=10)
-        start.send_signal(signal.SIGINT)
-        _, stderr = start.communicate(timeout=20)
+    for _ in range(5):
+        with subprocess.Popen(
+            [*TESTBED, "up", mine("halfway")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as start:
+            processes = eventually(lambda: descendants(start.pid), within_s=10)
+            start.send_signal(signal.SIGINT)
+            _, stderr = start.communicate(timeout=20)
+        if start.returncode != 0:
+            break
+        command("down", mine("halfway"))  # it was ready before the signal came
     assert start.returncode == 130
     assert "interrupted" in stderr
     assert not still_alive(processes)
@@ -276,11 +280,10 @@ def test_a_starter_that_is_killed_takes_its_lab_along(eventually: Callable[..., 
     with subprocess.Popen(
         [*TESTBED, "up", mine("orphan")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ) as start:
-        processes = eventually(lambda: descendants(start.pid), within_s=10)
+        eventually(lambda: descendants(start.pid), within_s=10)
         start.kill()
-    eventually(lambda: not still_alive(processes), within_s=3)
-    command("ls")
-    assert not (state_root() / mine("orphan")).exists()
+    # The lab's processes hold the lock of its folder, which is removed when nobody does any more.
+    eventually(lambda: command("ls") and not (state_root() / mine("orphan")).exists(), within_s=10)
 
 
 def test_down_is_quick_and_complete(eventually: Callable[..., object]) -> None:
@@ -292,15 +295,25 @@ def test_down_is_quick_and_complete(eventually: Callable[..., object]) -> None:
     assert f"no lab named {mine('short')!r} is running" in command("down", mine("short"), status=3).stderr
 
 
-def test_not_root() -> None:
-    """Without root, one line says so."""
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["up", "x"], "a lab needs root: run this command as root, or with sudo"),
+        (["ls"], "belongs to another user (its folder is {folder}): run this command as root, or with sudo"),
+        (["exec", "node1", "--", "ls"], "belongs to another user (its folder is {folder}): run this command as root"),
+    ],
+)
+def test_not_root(lab: str, words: list[str], error: str) -> None:
+    """Without root, one line says so, also while root's labs run."""
     root = Path(__file__).resolve().parents[2]
     code = f"import os, sys; sys.path.insert(0, {str(root)!r}); import testbed.cli.main as m, click, msgspec, yaml\n"
-    code += "import testbed.lab.start, testbed.manifests, testbed.scenario.modes\n"
-    code += "os.setuid(65534); sys.argv = ['testbed', 'up', 'x']; m.main()"
+    code += "import testbed.lab.start, testbed.lab.handle, testbed.manifests, testbed.scenario.modes\n"
+    code += f"os.setuid(65534); sys.argv = ['testbed', *{words!r}]; m.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: a lab needs root: run this command as root, or with sudo\n"
+    (line,) = done.stderr.splitlines()
+    folders = [str(path) for path in state_root().iterdir()]
+    assert any(error.format(folder=folder) in line for folder in folders), line
 
 
 def test_missing_tool(tmp_path: Path) -> None:

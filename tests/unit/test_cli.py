@@ -243,9 +243,6 @@ def test_up_says_everything_and_starts_nothing(testbed_: Testbed, words: list[st
     assert ended.problems == problems
 
 
-@pytest.mark.xfail(
-    reason="`up` reads manifests as manifests only when the lab is running", strict=True, raises=pytest.fail.Exception
-)
 @pytest.mark.parametrize("file", ["runs", "runs/scenario.yaml", str(OURS[0])])
 def test_up_takes_only_objects_for_manifests(testbed_: Testbed, file: str) -> None:
     """A scenario or a topology is not something to apply; that is known before anything starts."""
@@ -334,6 +331,14 @@ def test_an_unknown_command(testbed_: Testbed) -> None:
 
 
 # ── run ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_run_in_a_mode_that_the_scenario_does_not_name(testbed_: Testbed) -> None:
+    """What a scenario expects may be wrong in another mode; the file says where it is right."""
+    Path("other/scenario.yaml").write_text(Path("other/scenario.yaml").read_text().replace("[iptables]", "[ipvs]"))
+    assert testbed_("run", "runs", "other", "--proxy-mode", "iptables") == (
+        2, "", "error: other/scenario.yaml: is for the proxy modes ipvs; add iptables to its proxyModes to run it there\n"
+    )  # fmt: skip
 
 
 def test_run_of_bad_scenarios(testbed_: Testbed) -> None:
