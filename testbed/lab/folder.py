@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from testbed.errors import InputError, LabError
@@ -148,7 +148,9 @@ def _living_records() -> Iterator[LabRecord]:
             record = json.loads((path / "lab.json").read_text())
         except FileNotFoundError:
             continue  # being started, or being stopped
-        yield LabRecord(**{**record, "nodes": tuple(record["nodes"])})
+        # a lab of another version of ours may have said more
+        known = {field.name: record[field.name] for field in fields(LabRecord) if field.name in record}
+        yield LabRecord(**{**known, "nodes": tuple(record["nodes"])})
 
 
 def find_record(name: str | None) -> LabRecord:
