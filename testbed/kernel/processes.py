@@ -108,7 +108,7 @@ def become(target: Target) -> None:
     with _ignore_oserror():
         os.chdir(target.cwd)
     if target.capabilities is not None:
-        linux.limit_capabilities(target.capabilities)
+        linux.limit_capabilities(linux.capability_mask(target.capabilities))
     if target.gid or target.groups:
         os.setgroups(target.groups)
         os.setgid(target.gid)
