@@ -129,11 +129,14 @@ def whole_pods(folder: str) -> float:
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        from testbed.lab.spawner import Spawner
+        from testbed.lab.forker import start_forker
 
         ours.close()
+        forker = start_forker()
+        from testbed.lab.spawner import Spawner
+
         os.mkdir(f"{folder}/lab")
-        spawner = Spawner(one_node(), f"{folder}/lab", theirs)
+        spawner = Spawner(one_node(), f"{folder}/lab", theirs, forker)
         spawner.network.build_topology()
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(f"{folder}/socket")

@@ -21,10 +21,13 @@ from testbed.store import Event, EventType, Store
 
 #: How many events a watcher may be behind before its connection is closed; it resumes or lists again.
 MAX_WATCH_BACKLOG = 8192
+#: The same in bytes: events of large ConfigMaps would be gigabytes before there are so many.
+MAX_WATCH_BACKLOG_BYTES = 64 << 20
 BOOKMARK_INTERVAL_S = 60.0
 #: How soon we notice that a watcher has gone while nothing happens.
 LIVENESS_INTERVAL_S = 5.0
 _LINES_AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 20  # a connection buffers what it is given, however much that is
 
 _encode = msgspec.json.Encoder().encode
 
@@ -90,7 +93,9 @@ class Watcher:
         self._wake = asyncio.Event()
         self._stopped = False
         self._subscription: Any = None
+        self._queued_bytes = 0
         self._limit = MAX_WATCH_BACKLOG
+        self._limit_bytes = MAX_WATCH_BACKLOG_BYTES
 
     def start(self) -> None:
         """Queue the current state, or what came after ``since``, and subscribe to what follows."""
@@ -98,15 +103,16 @@ class Watcher:
         if options.since is None:
             for obj in self._store.list(key, self._target.namespace):
                 if options.matches is None or options.matches(obj):
-                    self._queue.append(watch_line("ADDED", options.render(obj) if options.render else obj))
+                    self._add(watch_line("ADDED", options.render(obj) if options.render else obj))
             if options.mark_end and options.bookmarks:
-                self._queue.append(self._bookmark({"k8s.io/initial-events-end": "true"}))
+                self._add(self._bookmark({"k8s.io/initial-events-end": "true"}))
         self._limit = len(self._queue) + MAX_WATCH_BACKLOG
+        self._limit_bytes = self._queued_bytes + MAX_WATCH_BACKLOG_BYTES
         try:
             self._subscription = self._store.subscribe(self._receive, key, options.since)
         except ApiError as error:
             # As upstream's cacher: the watch is opened, says why it cannot go on, and ends.
-            self._queue.append(watch_line("ERROR", status_of(error)))
+            self._add(watch_line("ERROR", status_of(error)))
             self._stopped = True
 
     def stop(self) -> None:
@@ -138,14 +144,29 @@ class Watcher:
             line = self._lines.line(event, kind)
         else:
             line = watch_line(kind.value, options.render(shown_object(event, kind)))
-        self._queue.append(line)
+        self._add(line)
         self._wake.set()
-        if len(self._queue) > self._limit:
+        if len(self._queue) > self._limit or self._queued_bytes > self._limit_bytes:
             # The reader has stopped reading. Closing makes it resume from what it has, or list again.
             self.stop()
             self._queue.clear()
             if self._request.transport is not None:
                 self._request.transport.abort()
+
+    def _add(self, line: bytes) -> None:
+        self._queue.append(line)
+        self._queued_bytes += len(line)
+
+    def _take(self) -> bytes:
+        """Return what is sent next: at least one line."""
+        lines: list[bytes] = []
+        size = 0
+        while self._queue and len(lines) < _LINES_AT_ONCE and size < _BYTES_AT_ONCE:
+            line = self._queue.popleft()
+            lines.append(line)
+            size += len(line)
+        self._queued_bytes -= size
+        return b"".join(lines)
 
     async def run(self) -> web.StreamResponse:
         """Send what is queued until the time is over, the client goes, or the server stops."""
@@ -161,10 +182,12 @@ class Watcher:
             while True:
                 self._wake.clear()
                 while self._queue:
-                    count = min(len(self._queue), _LINES_AT_ONCE)
-                    await response.write(b"".join(self._queue.popleft() for _ in range(count)))
+                    await response.write(self._take())
+                    # once the initial state, which may be longer, is nearly out
                     if len(self._queue) < MAX_WATCH_BACKLOG:
-                        self._limit = MAX_WATCH_BACKLOG  # the initial state, which may be longer, is nearly out
+                        self._limit = MAX_WATCH_BACKLOG
+                    if self._queued_bytes < MAX_WATCH_BACKLOG_BYTES:
+                        self._limit_bytes = MAX_WATCH_BACKLOG_BYTES
                 left = end - loop.time()
                 if self._stopped or left <= 0:
                     break
@@ -175,7 +198,7 @@ class Watcher:
                     return response
                 if self._options.bookmarks and loop.time() >= next_bookmark:
                     next_bookmark = loop.time() + BOOKMARK_INTERVAL_S
-                    self._queue.append(self._bookmark())
+                    self._add(self._bookmark())
             await response.write_eof()
         except ConnectionError:
             pass  # the client has gone, which is how most watches end

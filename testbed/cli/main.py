@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from testbed import __version__
-from testbed.errors import InputError, ManifestError, Problem, TestbedError
+from testbed.errors import ApiError, InputError, ManifestError, Problem, TestbedError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,22 +83,32 @@ def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, .
     from testbed.scenario.modes import check_mode
 
     started = time.monotonic()
-    check_machine()
-    with _collected_problems() as problems:
-        loaded = problems.load(load_topology, find_topology(topology))
-        objects = [found for manifest in manifests for found in problems.load(load_objects, Path(manifest)) or ()]
+    files = [Path(manifest) for manifest in manifests]
+    with _and_problems_of(files):
+        topology_file = find_topology(topology)
+    _check_whole([topology_file, *files])
+    loaded = load_topology(topology_file)
+    objects = [source for file in files for source in load_objects(file)]
     mode = check_mode(proxy_mode or loaded.proxy_mode)
+    check_machine()
     with start_lab(loaded, name=name, proxy_mode=mode, attached=True, on_progress=_progress) as lab:
         for source in objects:
-            obj, verb = lab.api.apply(source.object)
+            try:
+                obj, verb = lab.api.apply(source.object)
+            except ApiError as error:  # the lab ends with this command: nothing stays half applied
+                raise ManifestError([Problem(source.file, source.line, error.message)]) from error
             click.echo(f"{obj['kind'].lower()}/{obj['metadata']['name']} {verb}")
         lab.detach()
     nodes = ", ".join(node.name for node in loaded.nodes)
     click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy mode {mode}")
-    click.echo(f'  eval "$(testbed env {name})"; kubectl get pods -A     objects, with your own kubectl')
-    click.echo(f"  testbed kubectl -l {name} get pods -A                 the same, with the one that came along")
-    click.echo(f"  testbed exec -l {name} {loaded.nodes[0].name} -- iptables-save -t nat       run something in it")
-    click.echo(f"  testbed down {name}                                   stop it")
+    hints = {
+        f'eval "$(testbed env {name})"; kubectl get pods -A': "objects, with your own kubectl",
+        f"testbed kubectl -l {name} get pods -A": "the same, with the one that came along",
+        f"testbed exec -l {name} {loaded.nodes[0].name} -- iptables-save -t nat": "run something in it",
+        f"testbed down {name}": "stop it",
+    }
+    for example, what in hints.items():
+        click.echo(f"  {example:{max(map(len, hints))}}   {what}")
 
 
 def _progress(phase: str) -> None:
@@ -105,29 +116,27 @@ def _progress(phase: str) -> None:
         click.echo(f"  {phase} …", err=True)
 
 
-class _Problems:
-    """Gathers every problem of several files before giving up."""
+@contextmanager
+def _and_problems_of(files: Sequence[Path]) -> Iterator[None]:
+    """Add what is wrong with files to a ManifestError of the block, so that all is said at once."""
+    try:
+        yield
+    except ManifestError as error:
+        from testbed.manifests import check_files
 
-    def __init__(self) -> None:
-        self.found: list[Problem] = []
-
-    def __enter__(self) -> _Problems:
-        return self
-
-    def load(self, loader: Callable[[Path], Any], path: Path) -> Any:
-        try:
-            return loader(path)
-        except ManifestError as error:
-            self.found += error.problems
-            return None
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self.found:
-            raise ManifestError(self.found)
+        raise ManifestError([*error.problems, *check_files(files)]) from error
 
 
-def _collected_problems() -> _Problems:
-    return _Problems()
+def _check_whole(files: Sequence[Path]) -> None:
+    """Say everything that is wrong with files that belong together; raise ManifestError unless they can be used."""
+    from testbed.manifests import check_files
+
+    problems = check_files(files)
+    errors = [problem for problem in problems if not problem.warning]
+    if errors:
+        raise ManifestError(problems)
+    for warning in problems:
+        click.echo(str(warning), err=True)
 
 
 @cli.command()
@@ -279,15 +288,9 @@ def run(scenarios: tuple[str, ...], modes: tuple[str, ...], output: str, report_
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 def validate(files: tuple[Path, ...]) -> int:
     """Check topologies, scenarios and manifests; every problem with file and line. Touches nothing."""
-    from testbed.manifests import check_file
-
-    problems = [problem for file in files for problem in check_file(file)]
-    for problem in problems:
-        click.echo(str(problem), err=True)
-    errors = sum(not problem.warning for problem in problems)
-    if not errors:
-        click.echo(f"{len(files)} {'file is' if len(files) == 1 else 'files are'} valid")
-    return InputError.exit_status if errors else 0
+    _check_whole(files)
+    click.echo(f"{len(files)} {'file is' if len(files) == 1 else 'files are'} valid")
+    return 0
 
 
 @cli.command()

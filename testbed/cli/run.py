@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from testbed.errors import InputError, ManifestError, MissingFeature, Problem
+from testbed.errors import InputError, ManifestError, MissingFeature, Problem, TestbedError
 from testbed.lab.folder import list_records
 from testbed.lab.start import check_machine, start_lab
 from testbed.manifests import load_scenario
@@ -25,6 +25,7 @@ def run_scenarios(
     scenarios = _load_all(paths)
     for mode in modes:
         check_mode(mode)
+        _check_written_for(scenarios, mode)
     check_machine()
     if report_folder is not None:
         _check_writable(report_folder)
@@ -35,8 +36,14 @@ def run_scenarios(
         raise MissingFeature("; ".join(dict.fromkeys(reason for _, _, reason in skipped)))
     narrator = _Narrator(to_stderr=output != "text")
     results: list[tuple[ScenarioResult, str]] = []
-    for number, (scenario, mode) in enumerate(planned, 1):
-        results.append(_run_one(scenario, mode, narrator, keep=keep and number == len(planned)))
+    refused: TestbedError | None = None
+    try:
+        for number, (scenario, mode) in enumerate(planned, 1):
+            results.append(_run_one(scenario, mode, narrator, keep=keep and number == len(planned)))
+    except TestbedError as error:  # what has been seen so far is reported all the same
+        if not results:
+            raise
+        refused = error
     for name, mode, reason in skipped:
         narrator.say(f"skipped: {name} in {mode}: {reason}")
     if output == "text":
@@ -45,7 +52,19 @@ def run_scenarios(
         click.echo(json_report(results, skipped) if output == "json" else junit_report(results, skipped))
     if report_folder is not None:
         write_reports(report_folder, results, skipped)
+    if refused is not None:
+        raise refused
     return 0 if all(result.passed for result, _ in results) else 1
+
+
+def _check_written_for(scenarios: Sequence[Scenario], mode: str) -> None:
+    """Refuse a mode that a scenario does not name: what it expects may be wrong there (how requests spread, for one)."""
+    for scenario in scenarios:
+        if mode not in scenario.proxy_modes:
+            modes = ", ".join(scenario.proxy_modes)
+            raise InputError(
+                f"{scenario.file}: is for the proxy modes {modes}; add {mode} to its proxyModes to run it there"
+            )
 
 
 def _load_all(paths: Sequence[Path]) -> list[Scenario]:

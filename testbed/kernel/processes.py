@@ -111,7 +111,7 @@ def become(target: Target) -> None:
     with _ignore_oserror():
         os.chdir(target.cwd)
     if target.capabilities is not None:
-        linux.limit_bounding_set(target.capabilities)
+        linux.limit_bounding_set(linux.capability_mask(target.capabilities))
     if target.gid or target.groups:
         os.setgroups(target.groups)
         os.setgid(target.gid)
@@ -119,7 +119,7 @@ def become(target: Target) -> None:
     if target.uid:
         os.setuid(target.uid)
     elif target.capabilities is not None:
-        linux.set_capabilities(target.capabilities)
+        linux.set_capabilities(linux.capability_mask(target.capabilities))
 
 
 def reset_signals() -> None:

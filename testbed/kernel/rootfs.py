@@ -57,11 +57,13 @@ def write_upper(upper: str, files: Mapping[str, str]) -> None:
             file.write(text)
 
 
-def enter_root(folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), keep: Iterable[str] = ()) -> None:
+def enter_root(
+    folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), keep: Iterable[str] = (), proc: bool = True
+) -> None:  # fmt: skip
     """Make the overlay in ``folder`` (upper/ and work/ are there already) the root of this mount namespace.
 
-    The calling process must be alone in a mount namespace of its own, and in the PID and network namespace that /proc
-    and /sys are to show. Raises OSError naming the mount that failed.
+    The calling process must be alone in a mount namespace of its own, and in the network namespace that /sys is to show
+    and, with ``proc``, the PID namespace that /proc is to show. Raises OSError naming the mount that failed.
     """
     root = f"{folder}/root"
     os.mkdir(root)
@@ -73,7 +75,8 @@ def enter_root(folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), kee
         os.setxattr(upper, "trusted.overlay.opaque", b"y")
     data = f"lowerdir={lower},upperdir={folder}/upper,workdir={folder}/work"
     linux.mount("overlay", root, "overlay", 0, data)
-    linux.mount("proc", f"{root}/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+    if proc:
+        mount_proc(f"{root}/proc")
     linux.mount("sysfs", f"{root}/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
     _make_dev(f"{root}/dev")
     for path in keep:
@@ -93,6 +96,11 @@ def enter_root(folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), kee
         os.close(fd)
         if bind.read_only:
             _make_read_only(bind.target)
+
+
+def mount_proc(path: str) -> None:
+    """Mount a /proc of the calling process's PID namespace."""
+    linux.mount("proc", path, "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
 
 
 def _make_dev(path: str) -> None:

@@ -141,6 +141,15 @@ def set_link(index: int, *, up: bool) -> Request:
     return Request(_RTM_NEWLINK, 0, _ifinfo(index, up=up), f"set link {index} {'up' if up else 'down'}")
 
 
+def retire_link(index: int) -> list[Request]:
+    """Take a link down and free its name, for what comes after it; succeeds when the link is gone already."""
+    gone = frozenset({errno.ENODEV})
+    return [
+        Request(_RTM_NEWLINK, 0, _ifinfo(index, up=False), f"set link {index} down", gone),
+        Request(_RTM_NEWLINK, 0, _ifinfo(index) + _text(_IFLA_IFNAME, f"old{index}"), f"rename link {index}", gone),
+    ]
+
+
 def set_hairpin(index: int) -> Request:
     """Let a bridge send a frame back out of the port it came in on: a pod reaching itself through its Service."""
     body = _ifinfo(index, family=socket.AF_BRIDGE) + _nested(_IFLA_PROTINFO, _attribute(_IFLA_BRPORT_MODE, b"\1"))

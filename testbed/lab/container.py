@@ -1,6 +1,6 @@
 """A container's first process: forked into a new PID namespace, it makes the rest of the container around itself.
 
-Standard library only: the echo server's forker imports nothing else, and each of a thousand pods carries what it holds.
+Echo servers, of which there may be a thousand, come from the forker, into mounts that `prepare_mounts` made for them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import resource
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from testbed.errors import TestbedError
 from testbed.kernel import linux
 from testbed.kernel.processes import Target, become, open_terminal, reset_signals
 from testbed.kernel.rootfs import Bind, enter_root, write_upper
 from testbed.kubelet.runtime import ContainerSpec, SandboxSpec
+from testbed.lab.forker import OPEN_FILES
 
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_OPEN_FILES = (4096, 1 << 20)  # soft and, at most, hard limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +34,14 @@ class ContainerStart:
 
 
 def fork_container(
-    start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int, stdin: int, stdout: int, stderr: int
+    start: ContainerStart, node_pidfd: int, network_fd: int, uts_fd: int, report: int, stdin: int, stdout: int,
+    stderr: int,
 ) -> int:  # fmt: skip
     """Fork and return the pid.
 
     Args:
-        node_pidfd, place_pidfd: processes that hold the node's namespaces, and the pod's (the node's for hostNetwork).
+        node_pidfd: the process that holds the node's namespaces.
+        network_fd, uts_fd: the pod's namespaces (the node's for hostNetwork).
         report: a pipe that closes when the program runs, or says why it does not.
         stdin, stdout, stderr: its standard streams; with a tty, stdin is where the terminal is sent (`open_terminal`).
     """
@@ -48,7 +50,8 @@ def fork_container(
         linux.unshare(linux.CLONE_NEWPID)  # of children only
         pid = os.fork()
         if pid == 0:
-            _be_container(start, node_pidfd, place_pidfd, report, (stdin, stdout, stderr))
+            place = (node_pidfd, network_fd, uts_fd)
+            _be_container(start, place, report, (stdin, stdout, stderr))
         return pid
     finally:
         linux.setns(own_pid_namespace, linux.CLONE_NEWPID)
@@ -56,12 +59,12 @@ def fork_container(
 
 
 def _be_container(
-    start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int, streams: tuple[int, int, int]
-) -> NoReturn:
+    start: ContainerStart, place: tuple[int, int, int], report: int, streams: tuple[int, int, int]
+) -> NoReturn:  # fmt: skip
     status = 128
     spec = start.spec
     try:
-        _enter_container(start, node_pidfd, place_pidfd, report, streams)
+        _enter_container(start, place, report, streams)
         if spec.builtin:
             os.close(report)
             status = _run_builtin(spec)
@@ -89,8 +92,9 @@ def _run_builtin(spec: ContainerSpec) -> int:
 
 
 def _enter_container(
-    start: ContainerStart, node_pidfd: int, place_pidfd: int, report: int, streams: tuple[int, int, int]
-) -> None:
+    start: ContainerStart, place: tuple[int, int, int], report: int, streams: tuple[int, int, int]
+) -> None:  # fmt: skip
+    node_pidfd, network_fd, uts_fd = place
     sandbox, spec = start.sandbox, start.spec
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -100,13 +104,12 @@ def _enter_container(
         os.dup2(fd, number)
     # The node's mounts first, so that a hostPath is a path of the node; then the sandbox's network and name.
     linux.setns(node_pidfd, linux.CLONE_NEWNS)
-    linux.setns(place_pidfd, linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
+    linux.setns(network_fd, linux.CLONE_NEWNET)
+    linux.setns(uts_fd, linux.CLONE_NEWUTS)
     linux.close_descriptors_except(report, console)
     linux.unshare(linux.CLONE_NEWNS)
-    write_upper(f"{start.folder}/upper", {f"/etc/{name}": text for name, text in sandbox.etc_files.items()})
-    write_upper(f"{start.folder}/upper", spec.files)
-    enter_root(start.folder, binds=start.binds, keep=start.keep)
-    soft, most = _OPEN_FILES
+    _make_root(start, proc=True)
+    soft, most = OPEN_FILES
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
     if spec.tty:  # only now: the terminal is one of the container's own /dev/pts
         terminal = open_terminal(console, uid=spec.uid)
@@ -121,6 +124,50 @@ def _enter_container(
     os.environ.clear()
     os.environ.update(environment_of(sandbox, spec))
     linux.set_process_name(spec.builtin or spec.argv[0].rsplit("/", 1)[-1])
+
+
+def _make_root(start: ContainerStart, *, proc: bool) -> None:
+    upper = f"{start.folder}/upper"
+    write_upper(upper, {f"/etc/{name}": text for name, text in start.sandbox.etc_files.items()})
+    write_upper(upper, start.spec.files)
+    enter_root(start.folder, binds=start.binds, keep=start.keep, proc=proc)
+
+
+def prepare_mounts(start: ContainerStart, node_pidfd: int, network_fd: int) -> int:
+    """Make a container's mount namespace, all but /proc, and return a descriptor of it. Only for a process with one thread."""
+    own = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("net", "mnt")]
+    prepared = -1
+    try:
+        linux.setns(node_pidfd, linux.CLONE_NEWNS)
+        linux.setns(network_fd, linux.CLONE_NEWNET)  # which /sys shows
+        linux.unshare(linux.CLONE_NEWNS)
+        prepared = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        _make_root(start, proc=False)
+    except BaseException:
+        if prepared >= 0:
+            os.close(prepared)
+        raise
+    finally:
+        for fd in own:
+            linux.setns(fd, 0)
+            os.close(fd)
+    return prepared
+
+
+def order_of(spec: ContainerSpec) -> dict[str, Any]:
+    """Return what the forker must know of a container (`Forker.fork`)."""
+    who = identity_of(spec.name, spec, -1)
+    arguments: Mapping[str, Any] = spec.builtin_args
+    return {
+        "ports": [(str(protocol), int(port)) for protocol, port in arguments["ports"]],
+        "identity": dict(arguments["identity"]),
+        "text": str(arguments.get("text", "")),
+        "capabilities": -1 if who.capabilities is None else linux.capability_mask(who.capabilities),
+        "cwd": spec.cwd,
+        "uid": who.uid,
+        "gid": who.gid,
+        "groups": who.groups,
+    }
 
 
 def identity_of(name: str, spec: ContainerSpec, pidfd: int, env: Mapping[str, str] | None = None) -> Target:

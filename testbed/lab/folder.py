@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from testbed.errors import InputError, LabError
@@ -114,6 +114,10 @@ def _lock(path: Path) -> LabFolder | None:
         fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         return _GONE
+    except PermissionError as error:
+        raise InputError(
+            f"lab {path.name!r} belongs to another user (its folder is {path}): run this command as root, or with sudo"
+        ) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.stat(path / "lock").st_ino == os.fstat(fd).st_ino:
@@ -145,7 +149,9 @@ def _living_records() -> Iterator[LabRecord]:
             record = json.loads((path / "lab.json").read_text())
         except FileNotFoundError:
             continue  # being started, or being stopped
-        yield LabRecord(**{**record, "nodes": tuple(record["nodes"])})
+        # a lab of another version of ours may have said more
+        known = {field.name: record[field.name] for field in fields(LabRecord) if field.name in record}
+        yield LabRecord(**{**known, "nodes": tuple(record["nodes"])})
 
 
 def find_record(name: str | None) -> LabRecord:

@@ -1,76 +1,74 @@
 """A small, quiet process that forks echo servers, so that a thousand of them fit into memory.
 
-A forked process pays for each page that it or its parent writes afterwards. The spawner holds Mininet and works all the
-time: an echo server forked from it cost 3.7 MiB. One forked from here, where only the standard library and the server
-are loaded and nothing else happens, costs about a third of that (docs/adr/0004-forker.md).
+A forked process pays for each page that it or its parent writes afterwards, and in CPython even reading an object writes
+its reference count. So the forker does next to nothing between two forks, and a server's first steps are few: its mount
+namespace comes ready from the spawner, signals and limits are inherited, and the order is decoded in the child
+(docs/adr/0004-forker.md has the figures). Its children are the spawner's: it never waits for them.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
+import marshal
 import os
-import select
+import resource
 import signal
 import socket
-from collections.abc import Sequence
-from typing import Any
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from testbed.errors import LabError
 from testbed.kernel import linux
-from testbed.lab.container import ContainerStart, fork_container
-from testbed.lab.frames import FrameReader, send_frame
+from testbed.kernel.rootfs import mount_proc
+from testbed.programs import echo
 
 FORKED_ELSEWHERE = "echo"
 """The builtin program that the forker forks."""
 
+OPEN_FILES = (4096, 1 << 20)
+"""Soft and, at most, hard limit of open files in a container."""
+
+_ANSWER = struct.Struct("=i")  # a pid, or a negative errno
+_ORDER_BYTES = 65536
+_FDS_BYTES = socket.CMSG_SPACE(7 * _ANSWER.size)
+
 
 class Forker:
-    """The spawner's side. Messages from the forker: ``(pid, None)`` with a pidfd, or ``(pid, wait status)``."""
+    """The spawner's side."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._reader = FrameReader(connection)
-        self._ends: dict[int, int] = {}
-        self._forked: list[tuple[Any, list[int]]] = []
 
-    def fileno(self) -> int:
-        return self._connection.fileno()
+    def fork(self, order: Mapping[str, Any], fds: Sequence[int]) -> int:
+        """Return the pid of a new container's first process, which is a child of the calling process.
 
-    def fork(self, start: ContainerStart, fds: Sequence[int]) -> tuple[int, int]:
-        """Fork as `fork_container` does, given its descriptors in order; return pid and pidfd.
+        Args:
+            order: plain values: ``capabilities`` (a mask, or -1 for what the forker has), ``cwd``, ``uid``, ``gid``,
+                ``groups``, and ``ports``, ``identity`` and ``text`` for `echo.serve`.
+            fds: a mount, a network and a UTS namespace; a pipe that closes when the program runs, or says why it does
+                not; standard input, output and error.
 
         Raises:
             OSError: why there is none.
         """
-        send_frame(self._connection, start, fds)
-        while not self._forked:
-            self.wait()
-        (answer, _), fds = self._forked.pop(0)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer, fds[0]
-
-    def wait(self) -> None:
-        """Wait for messages and keep them for `fork` and `take_ends`."""
-        messages = self._reader.receive()
-        if messages is None:
+        socket.send_fds(self._connection, [marshal.dumps(dict(order))], list(fds))
+        answer = self._connection.recv(_ANSWER.size)
+        if not answer:
             raise LabError("the process that forks echo servers has died")
-        for message, fds in messages:
-            answer, status = message
-            if status is None:
-                self._forked.append((message, fds))
-            else:
-                self._ends[answer] = status
-
-    def take_ends(self) -> dict[int, int]:
-        """Return pid -> wait status of what has ended since the last call."""
-        ends, self._ends = self._ends, {}
-        return ends
+        (pid,) = _ANSWER.unpack(answer)
+        if pid < 0:
+            raise OSError(-pid, os.strerror(-pid))
+        return int(pid)
 
 
 def start_forker(*not_for_it: int) -> Forker:
-    """Fork the forker from this process, which should have loaded little so far; it closes descriptors ``not_for_it``."""
-    ours, theirs = socket.socketpair()
+    """Fork the forker from this process, which should have loaded little so far and will be the servers' parent.
+
+    It closes the descriptors ``not_for_it``.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
         try:
             ours.close()
@@ -86,43 +84,59 @@ def start_forker(*not_for_it: int) -> Forker:
 
 
 def _serve(connection: socket.socket) -> None:
-    from testbed.programs.builtins import run_builtin
-
-    del run_builtin  # loaded now, for every child
-    reader = FrameReader(connection)
-    children: dict[int, int] = {}  # pidfd -> pid
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
+    os.setsid()
+    soft, most = OPEN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    echo.rehearse()
     gc.collect()
     gc.freeze()
+    gc.disable()
     while True:
-        for fd, _event in poll.poll():
-            if fd == connection.fileno():
-                messages = reader.receive()
-                if messages is None:
-                    return
-                for start, fds in messages:
-                    _fork(connection, start, fds, children, poll)
-                continue
-            poll.unregister(fd)
-            pid = children.pop(fd)
-            os.close(fd)
-            _, status = os.waitpid(pid, 0)
-            send_frame(connection, (pid, status))
-
-
-def _fork(
-    connection: socket.socket, start: ContainerStart, fds: list[int], children: dict[int, int], poll: select.poll
-) -> None:  # fmt: skip
-    try:
-        pid = fork_container(start, *fds)
-    except OSError as error:
-        send_frame(connection, (error, None))
-        return
-    finally:
+        order, ancillary, _flags, _address = connection.recvmsg(_ORDER_BYTES, _FDS_BYTES, socket.MSG_CMSG_CLOEXEC)
+        if not order:
+            return
+        fds = struct.unpack("=7i", ancillary[0][2])
+        try:
+            pid = linux.clone_sibling(linux.CLONE_NEWPID)
+        except OSError as error:
+            pid = -(error.errno or errno.EIO)
+        if pid == 0:
+            _be_container(order, *fds)
+        connection.send(_ANSWER.pack(pid))
         for fd in fds:
             os.close(fd)
-    pidfd = os.pidfd_open(pid)
-    children[pidfd] = pid
-    poll.register(pidfd, select.POLLIN)
-    send_frame(connection, (pid, None), (pidfd,))
+
+
+def _be_container(
+    packed: bytes, mounts: int, network: int, uts: int, report: int, stdin: int, stdout: int, stderr: int
+) -> NoReturn:  # fmt: skip
+    status = 128
+    try:
+        order = marshal.loads(packed)  # noqa: S302  # written by the spawner
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        linux.setns(mounts, linux.CLONE_NEWNS)
+        linux.setns(network, linux.CLONE_NEWNET)
+        linux.setns(uts, linux.CLONE_NEWUTS)
+        linux.close_range(3, report - 1)
+        linux.close_range(report + 1)
+        mount_proc("/proc")
+        linux.set_process_name(FORKED_ELSEWHERE)
+        if order["cwd"] != "/":
+            os.chdir(order["cwd"])
+        if order["gid"] or order["groups"]:
+            os.setgroups(order["groups"])
+            os.setgid(order["gid"])
+        # Last, because the others take capabilities; the bounding set is about exec, and this never does.
+        if order["uid"]:
+            os.setuid(order["uid"])
+        elif order["capabilities"] >= 0:
+            linux.set_capabilities(order["capabilities"])
+        os.close(report)
+        report = 2
+        status = echo.serve(order["ports"], order["identity"], text=order["text"])
+    except BaseException as error:
+        os.write(report, f"{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(status)

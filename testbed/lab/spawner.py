@@ -28,11 +28,19 @@ from testbed.errors import InputError, KernelError, NotPresent, TestbedError
 from testbed.kernel.processes import Target, exec_child, exit_code, fork_in, reset_signals, session_child
 from testbed.kernel.rootfs import Bind
 from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
-from testbed.lab.container import ContainerStart, environment_of, fork_container, identity_of
+from testbed.lab.container import (
+    ContainerStart,
+    environment_of,
+    fork_container,
+    identity_of,
+    order_of,
+    prepare_mounts,
+)
 from testbed.lab.forker import FORKED_ELSEWHERE, Forker
 from testbed.lab.frames import FrameReader, send_frame
 from testbed.lab.streams import Streams
 from testbed.model.topology import Topology
+from testbed.underlay.holder import Holder
 from testbed.underlay.hosts import inside_network
 from testbed.underlay.network import LabNetwork, make_private_folder
 
@@ -58,7 +66,6 @@ class _Container:
     folder: str
     pid: int
     pidfd: int
-    is_ours: bool = True  # our own child, not the forker's
     ended: bool = False
 
 
@@ -75,7 +82,6 @@ class Spawner:
         self._forker = forker
         self._selector = selectors.DefaultSelector()
         self._sandboxes: dict[str, _Sandbox] = {}
-        self._sandbox_count = 0
         self._containers: dict[str, _Container] = {}
         self._keep = _folders_to_keep()
         self._deadlines: list[tuple[float, int, Callable[[], None]]] = []
@@ -88,8 +94,6 @@ class Spawner:
     def serve(self, listener: socket.socket, *, until: Sequence[int] = ()) -> None:
         """Answer requests until the control process is gone, or one of the descriptors ``until`` reports an end."""
         self._add_connection(self._control)
-        if self._forker is not None:
-            self._selector.register(self._forker, selectors.EVENT_READ, self._hear_forker)
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
         running = True
@@ -186,9 +190,7 @@ class Spawner:
             for volume in spec.volumes:
                 self._fill_volume(sandbox, volume.name, volume.files)
             if spec.address is not None and spec.network is not None:
-                # Not by the pod alone: the kernel takes its time to remove the link of the sandbox before this one.
-                self._sandbox_count += 1
-                digest = hashlib.sha256(f"{spec.pod_uid} {self._sandbox_count}".encode()).hexdigest()
+                digest = hashlib.sha256(spec.pod_uid.encode()).hexdigest()
                 self.network.add_pod(
                     sandbox.name,
                     f"veth{digest[:8]}",
@@ -311,15 +313,25 @@ class Spawner:
             binds=tuple(self._bind(sandbox, mount) for mount in spec.mounts),
             keep=self._keep,
         )
-        node = self.network[sandbox.spec.node].holder.pidfd
-        place = node if sandbox.spec.address is None else self.network[sandbox.name].holder.pidfd
-        if spec.builtin == FORKED_ELSEWHERE and self._forker is not None:
-            pid, pidfd = self._forker.fork(start, (node, place, report, *streams.theirs))
-            return _Container(spec, folder, pid, pidfd, is_ours=False)
-        pid = fork_container(start, node, place, report, *streams.theirs)
+        node: Holder = self.network[sandbox.spec.node].holder
+        place: Holder = node if sandbox.spec.address is None else self.network[sandbox.name].holder
+        if spec.builtin == FORKED_ELSEWHERE and self._forker is not None and not spec.tty:
+            pid = self._fork_elsewhere(self._forker, start, node, place, report, streams)
+        else:
+            pid = fork_container(start, node.pidfd, place.network_fd, place.uts_fd, report, *streams.theirs)
         container = _Container(spec, folder, pid, -1)
         container.pidfd = self._watch_child(pid, lambda status: self._container_ended(container, status))
         return container
+
+    def _fork_elsewhere(
+        self, forker: Forker, start: ContainerStart, node: Holder, place: Holder, report: int, streams: Streams
+    ) -> int:  # fmt: skip
+        mounts = prepare_mounts(start, node.pidfd, place.network_fd)
+        try:
+            fds = (mounts, place.network_fd, place.uts_fd, report, *streams.theirs)
+            return forker.fork(order_of(start.spec), fds)
+        finally:
+            os.close(mounts)
 
     def _bind(self, sandbox: _Sandbox, mount: Mount) -> Bind:
         volume = next((found for found in sandbox.spec.volumes if found.name == mount.volume), None)
@@ -345,19 +357,6 @@ class Spawner:
             signal.pidfd_send_signal(container.pidfd, signal_number)
         reply(None, ())
 
-    def _hear_forker(self) -> None:
-        """Take note of containers of the forker that have ended."""
-        if self._forker is not None:
-            self._forker.wait()
-            self._take_ends()
-
-    def _take_ends(self) -> None:
-        if self._forker is None:
-            return
-        ends = self._forker.take_ends()
-        for container in [c for c in self._containers.values() if not c.is_ours and c.pid in ends]:
-            self._container_ended(container, ends[container.pid])
-
     def do_remove_container(self, reply: Reply, _fds: list[int], *, container_id: str) -> None:
         container = self._containers.get(container_id)
         if container is not None:
@@ -367,12 +366,9 @@ class Spawner:
     def _remove_container(self, sandbox: _Sandbox, container: _Container) -> None:
         if not container.ended:
             signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)
-            if container.is_ours:
-                self._selector.unregister(container.pidfd)
-                _, status = os.waitpid(container.pid, 0)
-                self._container_ended(container, status)
-            while not container.ended:
-                self._hear_forker()
+            self._selector.unregister(container.pidfd)
+            _, status = os.waitpid(container.pid, 0)
+            self._container_ended(container, status)
         os.close(container.pidfd)
         shutil.rmtree(container.folder, ignore_errors=True)
         del self._containers[container.spec.container_id], sandbox.containers[container.spec.container_id]
@@ -550,7 +546,13 @@ def preload() -> None:
 def _run_cli(network: LabNetwork) -> None:
     from testbed.underlay.stock import CLI
 
-    CLI(network)
+    if os.isatty(0):
+        CLI(network)
+        return
+    # Commands from a file or a pipe: Mininet would give the lines that follow a command to that command as its input.
+    never, held_open = os.pipe()
+    with open(never) as nothing, open(held_open, "w"):
+        CLI(network, stdin=nothing)
 
 
 def _folders_to_keep() -> tuple[str, ...]:

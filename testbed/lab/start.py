@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
+from testbed.kernel.modules import ensure_bridge_netfilter
 from testbed.lab.folder import LabFolder, LabRecord, claim_folder, find_record, list_records
 from testbed.lab.handle import Lab
 from testbed.lab.request import LabRequest
@@ -46,7 +47,7 @@ def check_machine() -> None:
 
     Raises:
         InputError: not root.
-        MissingFeature: tools that are missing, with the packages that have them.
+        MissingFeature: tools or kernel features that are missing, with the packages that have them.
     """
     if os.geteuid() != 0:
         raise InputError("a lab needs root: run this command as root, or with sudo")
@@ -56,6 +57,7 @@ def check_machine() -> None:
         raise MissingFeature(
             f"missing: {', '.join(missing)}; install with `apt-get install {packages}`, or run `./dev setup`"
         )
+    ensure_bridge_netfilter()
 
 
 def start_lab(

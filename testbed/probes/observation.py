@@ -15,6 +15,7 @@ class Outcome(Enum):
     UNREACHABLE = "unreachable"  # ICMP host or net unreachable, or no route
     RESET = "reset"  # the connection was there and broke
     NAME_NOT_FOUND = "name not found"
+    FAILED = "failed"  # anything else: the asking machine could not send it, or what came back was not HTTP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,23 +10,23 @@
     {"pod", "namespace", "node", "podIP", "protocol", "client": {"address", "port"}, "serverPort", "body",
      "method", "path", "headers" (HTTP only), "standInFor" (only when it runs in the place of an unknown image)}
 
-A thousand of these run at once, forked from a parent that has imported this module. So it is one small event loop
-without threads, and imports nothing that the parent does not hold anyway.
+A thousand of these run at once, forked from a parent that has imported this module and has `rehearse`d. Each page that
+a child touches is a page more, a thousand times. So a server that nobody asks only waits; whoever asks is answered by a
+worker that it forks and that leaves when all is quiet. The worker is one small event loop on `select.epoll`, without the
+selectors module, closures or context managers where requests pass (docs/adr/0004-forker.md).
 """
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import json
 import os
-import selectors
+import select
 import signal
 import socket
 import struct
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 MAX_HEAD_BYTES: Final = 32 * 1024
@@ -35,6 +35,7 @@ MAX_LINE_BYTES: Final = 64 * 1024
 MAX_DELAY_S: Final = 60.0
 MAX_CONNECTIONS: Final = 1000  # below the usual limit of 1,024 descriptors
 DRAIN_S: Final = 25.0  # less than Kubernetes' default grace period of 30 s
+LINGER_S: Final = 0.5  # how long a worker waits for more
 
 _BACKLOG = 512
 _IP_PKTINFO = 8  # linux/in.h; Python 3.11's socket module has no name for it
@@ -47,6 +48,9 @@ _PHRASES = {
     500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout",
 }  # fmt: skip
 _IDENTITY = ("pod", "namespace", "node", "podIP", "standInFor")
+
+
+_READ, _WRITE = select.EPOLLIN, select.EPOLLOUT
 
 
 class _Refused(Exception):
@@ -97,10 +101,15 @@ def looks_like_http(line: bytes) -> bool:
 class _Connection:
     """One TCP connection: what came in, what is to go out, and what it waits for."""
 
-    __slots__ = ("closing", "expects", "inbox", "is_http", "is_waiting", "outbox", "peer", "port", "request", "socket")
+    __slots__ = (
+        "closing", "expects", "fd", "inbox", "is_http", "is_waiting", "outbox", "peer", "port", "request", "socket",
+        "watched",
+    )  # fmt: skip
 
     def __init__(self, accepted: socket.socket, peer: tuple[str, int], port: int) -> None:
         self.socket = accepted
+        self.fd = accepted.fileno()
+        self.watched = 0  # events
         self.peer = peer
         self.port = port
         self.inbox = b""
@@ -114,6 +123,17 @@ class _Connection:
     @property
     def is_idle(self) -> bool:
         return not (self.inbox or self.outbox or self.request or self.is_waiting)
+
+
+class _Listener:
+    """An open port."""
+
+    __slots__ = ("is_udp", "port", "socket")
+
+    def __init__(self, opened: socket.socket, port: int, is_udp: bool) -> None:
+        self.socket = opened
+        self.port = port
+        self.is_udp = is_udp
 
 
 class EchoServer:
@@ -131,11 +151,11 @@ class EchoServer:
         self._identity = {key: identity[key] for key in _IDENTITY if identity.get(key)}
         self._served_by = f"{identity.get('namespace', '')}/{identity.get('pod', '')}"
         self._text = text
-        self._selector = selectors.DefaultSelector()
-        self._connections: set[_Connection] = set()
+        self._epoll: select.epoll | None = None  # while it runs
+        self._connections: dict[int, _Connection] = {}  # by descriptor
         self._timers: list[tuple[float, int, _Connection, bytes]] = []
         self._timer_count = 0
-        self._listening: list[socket.socket] = []
+        self._listening: dict[int, _Listener] = {}  # by descriptor
         self._is_accepting = True
         self.bound: list[tuple[str, int]] = []
         for protocol, port in ports:
@@ -156,52 +176,93 @@ class EchoServer:
             opened.close()
             raise OSError(error.errno, f"{protocol} port {port}: {os.strerror(error.errno or 0)}") from error
         opened.setblocking(False)
-        real_port = int(opened.getsockname()[1])
-        self.bound.append((protocol, real_port))
-        self._listening.append(opened)
-        ready: Callable[[int], None] = (
-            (lambda _mask: self._answer_datagrams(opened, real_port))
-            if is_udp
-            else (lambda _mask: self._accept(opened, real_port))
-        )
-        self._selector.register(opened, selectors.EVENT_READ, ready)
+        listener = _Listener(opened, int(opened.getsockname()[1]), is_udp)
+        self.bound.append((protocol, listener.port))
+        self._listening[opened.fileno()] = listener
 
-    def run(self, stopping: socket.socket, *, drain_s: float = DRAIN_S) -> None:
-        """Serve until a byte comes from ``stopping``; then finish what is open, for at most ``drain_s``."""
-        self._selector.register(stopping, selectors.EVENT_READ, None)
+    def wait(self, stopping: int) -> bool:
+        """Wait until somebody asks, and return True; False when there is a byte to read from ``stopping``."""
+        waiting = select.poll()
+        waiting.register(stopping, select.POLLIN)
+        for fd in self._listening:
+            waiting.register(fd, select.POLLIN)
+        return all(fd != stopping for fd, _ in waiting.poll())
+
+    def run(self, stopping: int, *, drain_s: float = DRAIN_S, linger_s: float | None = None) -> None:
+        """Serve until there is a byte to read from ``stopping``; then finish what is open, for at most ``drain_s``.
+
+        With ``linger_s``, end also when nothing was asked for so long and nothing is open.
+        """
+        epoll = self._epoll = select.epoll()
+        epoll.register(stopping, _READ)
+        for fd in self._listening:
+            epoll.register(fd, _READ)
         deadline: float | None = None
         while deadline is None or (self._connections and time.monotonic() < deadline):
-            for key, mask in self._selector.select(self._timeout(deadline)):
-                if key.data is not None:
-                    key.data(mask)
-                else:
-                    self._selector.unregister(stopping)
+            timeout_s = self._timeout(deadline)
+            is_quiet = linger_s is not None and not self._connections and not self._timers
+            found = epoll.poll(linger_s if is_quiet else timeout_s)
+            if is_quiet and not found:
+                break
+            for fd, events in found:
+                if fd == stopping:
+                    epoll.unregister(stopping)
                     deadline = time.monotonic() + drain_s
                     self._stop_accepting()
-            now = time.monotonic()
-            while self._timers and self._timers[0][0] <= now:
-                _, _, connection, answer = heapq.heappop(self._timers)
-                connection.is_waiting = False
-                if connection in self._connections:
-                    connection.outbox += answer
-                    self._advance(connection)
+                else:
+                    self._handle(fd, events)
+            if self._timers:
+                self._send_delayed()
             if deadline is not None:
-                for connection in [one for one in self._connections if one.is_idle]:
+                for connection in [one for one in self._connections.values() if one.is_idle]:
                     self._close(connection)
-        for connection in list(self._connections):
-            self._close(connection)
-        self._selector.close()
+        self.close()
 
-    def _timeout(self, deadline: float | None) -> float | None:
-        moments = [moment for moment in (deadline, self._timers[0][0] if self._timers else None) if moment is not None]
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+    def close(self) -> None:
+        """Give up what is open."""
+        self._stop_accepting()
+        for connection in list(self._connections.values()):
+            self._close(connection)
+        if self._epoll is not None:
+            self._epoll.close()
+
+    @property
+    def _poller(self) -> select.epoll:
+        assert self._epoll is not None, "only a server that runs has connections"
+        return self._epoll
+
+    def _handle(self, fd: int, events: int) -> None:
+        connection = self._connections.get(fd)
+        if connection is not None:
+            self._serve(connection, events)
+            return
+        listener = self._listening.get(fd)
+        if listener is None:  # closed by an earlier event of the same round
+            return
+        if listener.is_udp:
+            self._answer_datagrams(listener.socket, listener.port)
+        else:
+            self._accept(listener)
+
+    def _send_delayed(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            _, _, connection, answer = heapq.heappop(self._timers)
+            connection.is_waiting = False
+            if self._connections.get(connection.fd) is connection:
+                connection.outbox += answer
+                self._advance(connection)
+
+    def _timeout(self, deadline: float | None) -> float:
+        """Return the seconds until something is due, -1 for never."""
+        if self._timers and (deadline is None or self._timers[0][0] < deadline):
+            deadline = self._timers[0][0]
+        return -1 if deadline is None else max(0.0, deadline - time.monotonic())
 
     def _stop_accepting(self) -> None:
-        for opened in self._listening:
-            with contextlib.suppress(KeyError):  # unregistered when there were too many connections
-                self._selector.unregister(opened)
-            opened.close()
-        self._listening = []
+        for listener in self._listening.values():
+            listener.socket.close()  # which takes it out of the epoll set
+        self._listening = {}
 
     # -- UDP -------------------------------------------------------------------------------------------------------
 
@@ -218,40 +279,35 @@ class EchoServer:
                 for level, kind, value in extra
                 if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO)
             ]
-            with contextlib.suppress(OSError):  # the network may lose it as well
+            try:
                 opened.sendmsg([answer], source, 0, peer)
+            except OSError:  # the network may lose it as well
+                continue
 
     # -- TCP -------------------------------------------------------------------------------------------------------
 
-    def _accept(self, opened: socket.socket, port: int) -> None:
+    def _accept(self, listener: _Listener) -> None:
         try:
-            accepted, peer = opened.accept()
+            accepted, peer = listener.socket.accept()
         except OSError:  # it left before it was accepted
             return
         accepted.setblocking(False)
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = _Connection(accepted, peer, port)
-        self._connections.add(connection)
-        self._selector.register(accepted, selectors.EVENT_READ, lambda mask: self._serve(connection, mask))
+        connection = _Connection(accepted, peer, listener.port)
+        self._connections[connection.fd] = connection
+        self._watch(connection, _READ)
         if len(self._connections) >= MAX_CONNECTIONS:
-            self._pause_accepting()
+            self._accept_more(False)
 
-    def _pause_accepting(self) -> None:
-        self._is_accepting = False
-        for opened in self._listening:
-            if opened.type == socket.SOCK_STREAM:
-                self._selector.unregister(opened)
+    def _accept_more(self, accepting: bool) -> None:
+        """Pause or resume listening, so that a flood waits in the kernel's queue."""
+        self._is_accepting = accepting
+        for fd, listener in self._listening.items():
+            if not listener.is_udp:
+                self._poller.modify(fd, _READ if accepting else 0)
 
-    def _resume_accepting(self) -> None:
-        self._is_accepting = True
-        for opened, (protocol, port) in zip(self._listening, self.bound, strict=False):
-            if protocol != "UDP":
-                self._selector.register(
-                    opened, selectors.EVENT_READ, lambda _mask, o=opened, p=port: self._accept(o, p)
-                )
-
-    def _serve(self, connection: _Connection, mask: int) -> None:
-        if mask & selectors.EVENT_READ:
+    def _serve(self, connection: _Connection, events: int) -> None:
+        if events & ~_WRITE:  # to read, or an end (EPOLLHUP, EPOLLERR), which reading tells
             try:
                 received = connection.socket.recv(65536)
             except BlockingIOError:
@@ -295,32 +351,31 @@ class EchoServer:
             self._close(connection)
             return
         # A client that does not read its answers is not read from: its requests would only pile up here.
-        wanted = selectors.EVENT_WRITE if connection.outbox else 0
+        wanted = _WRITE if connection.outbox else 0
         if (
             not connection.closing
             and len(connection.outbox) < MAX_BODY_BYTES
             and len(connection.inbox) < 2 * MAX_BODY_BYTES
         ):
-            wanted |= selectors.EVENT_READ
+            wanted |= _READ
         self._watch(connection, wanted)
 
     def _watch(self, connection: _Connection, wanted: int) -> None:
-        known = self._selector.get_map().get(connection.socket)
-        if known is None:
-            if wanted:
-                self._selector.register(connection.socket, wanted, lambda mask: self._serve(connection, mask))
-        elif not wanted:
-            self._selector.unregister(connection.socket)
-        elif known.events != wanted:
-            self._selector.modify(connection.socket, wanted, known.data)
+        if wanted == connection.watched:
+            return
+        if not connection.watched:
+            self._poller.register(connection.fd, wanted)
+        elif wanted:
+            self._poller.modify(connection.fd, wanted)
+        else:  # not even EPOLLHUP, which cannot be masked: a delayed answer would spin on it
+            self._poller.unregister(connection.fd)
+        connection.watched = wanted
 
     def _close(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(connection.socket)
+        del self._connections[connection.fd]
         connection.socket.close()
-        if not self._is_accepting and self._listening and len(self._connections) < MAX_CONNECTIONS:
-            self._resume_accepting()
+        if not self._is_accepting and len(self._connections) < MAX_CONNECTIONS:
+            self._accept_more(True)
 
     def _take(self, connection: _Connection) -> bool:
         """Take one request or line out of the inbox and answer it; False when none is complete."""
@@ -422,20 +477,60 @@ class EchoServer:
         }
 
 
+_stop_writers: list[int] = []
+"""The writing ends of the pipes that end `serve`; there is one while it runs."""
+
+_signals_taken = False
+
+
+def _on_signal(_number: int, _frame: object) -> None:
+    for writer in _stop_writers:
+        try:
+            os.write(writer, b"x")
+        except OSError:  # full: it has been told
+            continue
+
+
+def take_signals() -> None:
+    """Have SIGTERM and SIGINT end `serve`. A forked server inherits that from its parent."""
+    global _signals_taken
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+    _signals_taken = True
+
+
+def rehearse() -> None:
+    """Serve a request over a pair of sockets, many times, in the parent of servers to come.
+
+    The interpreter adapts code that runs, and libraries fill caches: what is written now is shared by every child.
+    """
+    take_signals()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    asking, answering = socket.socketpair()
+    answering.setblocking(False)
+    server = EchoServer([], {"pod": "rehearsal", "namespace": "none"})
+    server._epoll = select.epoll()
+    connection = _Connection(answering, ("127.0.0.1", 1), 80)
+    server._connections[connection.fd] = connection
+    server._watch(connection, _READ)
+    for _ in range(20):  # an adapting interpreter wants to see code more than once
+        asking.sendall(b"GET /a HTTP/1.1\r\nHost: here\r\n\r\n")
+        for fd, events in server._epoll.poll(1):
+            server._handle(fd, events)
+        asking.recv(4096)
+    server.close()
+    asking.close()
+
+
 def serve(
     ports: Sequence[tuple[str, int]], identity: Mapping[str, str], *, text: str = "", drain_s: float = DRAIN_S
 ) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status: 0, or 1 when a port cannot be opened."""
-    stop, stopping = socket.socketpair()
-    for end in (stop, stopping):
-        end.setblocking(False)
-
-    def on_signal(_number: int, _frame: object) -> None:
-        with contextlib.suppress(OSError):
-            stop.send(b"x")
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    stopping, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _stop_writers.append(writer)
+    if not _signals_taken:
+        take_signals()
     wanted = [(protocol, port) for protocol, port in ports if protocol in ("TCP", "UDP")]
     for protocol, port in ports:
         if protocol not in ("TCP", "UDP"):
@@ -445,12 +540,34 @@ def serve(
     except OSError as error:
         _say(f"cannot listen on {error.strerror}")
         return 1
-    shown = ", ".join(f"{protocol} {port}" for protocol, port in server.bound) or "no port"
+    shown = ", ".join([f"{protocol} {port}" for protocol, port in server.bound]) or "no port"
     _say(f"serving {shown}" + (f" in the place of {identity['standInFor']}" if identity.get("standInFor") else ""))
-    server.run(stopping, drain_s=drain_s)
+    while server.wait(stopping):
+        _answer_in_worker(server, stopping, drain_s)
     return 0
 
 
+def _answer_in_worker(server: EchoServer, stopping: int, drain_s: float) -> None:
+    """Have a forked process answer those who ask, until all is quiet. Meanwhile nothing is done here."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            server.run(stopping, drain_s=drain_s, linger_s=LINGER_S)
+            status = 0
+        except Exception as error:
+            _say(f"a worker failed: {type(error).__name__}: {error}")
+        finally:
+            os._exit(status)
+    try:
+        worker = os.pidfd_open(pid)
+    except ProcessLookupError:  # SIGCHLD is ignored: it is gone when it has ended
+        return
+    ended = select.poll()
+    ended.register(worker, select.POLLIN)
+    ended.poll()
+    os.close(worker)
+
+
 def _say(line: str) -> None:
-    sys.stderr.write(f"echo: {line}\n")
-    sys.stderr.flush()
+    os.write(2, f"echo: {line}\n".encode())

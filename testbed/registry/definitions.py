@@ -309,6 +309,9 @@ def _validate_schema(schema: Any, where: str, causes: Causes, *, is_root: bool =
         causes.invalid(where, str(schema), "must be an object")
         return
     type_ = schema.get("type")
+    if not isinstance(type_, str | None):
+        causes.invalid(f"{where}.type", str(type_), "must be a string")
+        return
     free = schema.get("x-kubernetes-int-or-string") or schema.get("x-kubernetes-preserve-unknown-fields")
     if not type_ and not free and not logical:
         why = "must not be empty at the root" if is_root else "must not be empty for specified object fields"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from testbed.model.scenario import RANDOM_MODES, AnsweredBy, ExpectStep, Share, Spread
+from testbed.model.scenario import RANDOM_MODES, AnsweredBy, ExpectStep, Scheme, Share, Spread
 from testbed.probes.observation import Observation, Outcome
 from testbed.scenario.statistics import chi_square_p
 
@@ -33,12 +33,10 @@ def judge(
         pods: the ready pods that ``answeredBy`` selects, as NAMESPACE/NAME.
         client: the address that ``sees.client`` stands for.
     """
-    wanted, failed = [], []
+    claims: list[tuple[str, bool]] = []
 
     def expect(text: str, holds: bool) -> None:
-        wanted.append(text)
-        if not holds:
-            failed.append(text)
+        claims.append((text, holds))
 
     outcomes = Counter(observation.outcome for observation in observations)
     if step.refused:
@@ -46,8 +44,8 @@ def judge(
     elif step.timeout:
         expect("no answer in time", set(outcomes) == {Outcome.TIMED_OUT})
     else:
-        number = "an answer" if step.times == 1 else f"{step.times} answers"
-        expect(number, set(outcomes) == {Outcome.ANSWERED})
+        one, many = ("a connection", "connections") if is_connection_only(step) else ("an answer", "answers")
+        expect(one if step.times == 1 else f"{step.times} {many}", set(outcomes) == {Outcome.ANSWERED})
     answered = [observation for observation in observations if observation.outcome is Outcome.ANSWERED]
     if step.status is not None:
         expect(f"status {step.status}", all(o.status == step.status for o in answered))
@@ -55,16 +53,21 @@ def judge(
         expect(f"{step.body!r} in the answer", all(step.body in o.body for o in answered))
     counts = Counter(observation.answered_by for observation in answered)
     if step.answered_by is not None:
-        for text, holds in _shares(step.answered_by, counts, pods, mode):
-            expect(text, holds)
+        claims += _shares(step.answered_by, counts, pods, mode)
     if step.sees_client is not None:
         expect(f"client address {client} seen by the server", all(o.seen_client == client for o in answered))
     return Verdict(
-        passed=not failed,
-        wanted=", ".join(wanted),
-        seen=_describe(observations, counts, step),
+        passed=all(holds for _, holds in claims),
+        wanted=", ".join(text for text, _ in claims),
+        seen=_describe(observations, counts, step, pods, mode),
         counts=dict(sorted(counts.items())),
     )
+
+
+def is_connection_only(step: ExpectStep) -> bool:
+    """Say whether nothing is claimed about an answer: then a TCP connection is one (docs/scenario.md, expect)."""
+    says = step.request.send, step.body, step.answered_by, step.sees_client
+    return step.request.scheme is Scheme.TCP and all(claim is None for claim in says)
 
 
 def _shares(answered_by: AnsweredBy, counts: Counter[str], pods: Sequence[str], mode: str) -> list[tuple[str, bool]]:
@@ -79,11 +82,11 @@ def _shares(answered_by: AnsweredBy, counts: Counter[str], pods: Sequence[str], 
         case Share.ONE:
             claims.append((f"from the one pod of {listing}", not strangers and len(pods) == 1))
         case Share.EACH:
-            claims.append((f"from each pod of {listing}", not strangers and set(counts) == set(pods) != set()))
+            claims.append((f"from each pod of {listing}", bool(pods) and set(counts) == set(pods)))
         case Share.SAME:
             claims.append((f"all from the same pod of {listing}", not strangers and len(counts) == 1))
     if answered_by.spread is not None:
-        shares = [counts.get(pod, 0) for pod in pods]
+        shares = [counts[pod] for pod in pods]
         if answered_by.spread is Spread.EVEN and mode in RANDOM_MODES:
             p = chi_square_p(shares)
             claims.append((f"spread evenly at random (chi-square p > {P_BOUND:g})", p > P_BOUND))
@@ -92,7 +95,9 @@ def _shares(answered_by: AnsweredBy, counts: Counter[str], pods: Sequence[str], 
     return claims
 
 
-def _describe(observations: Sequence[Observation], counts: Counter[str], step: ExpectStep) -> str:
+def _describe(
+    observations: Sequence[Observation], counts: Counter[str], step: ExpectStep, pods: Sequence[str], mode: str
+) -> str:  # fmt: skip
     """Return what was seen: outcomes, then statuses, pods and clients as far as the step is about them."""
     parts = []
     outcomes = Counter(observation.outcome.value for observation in observations)
@@ -105,10 +110,14 @@ def _describe(observations: Sequence[Observation], counts: Counter[str], step: E
         statuses = Counter(o.status for o in answered)
         parts.append("status " + ", ".join(f"{status} ×{number}" for status, number in sorted(statuses.items())))
     if step.body is not None and answered:
-        parts.append(f"answer {answered[0].body[:200]!r}")
+        telling = next((o for o in answered if step.body not in o.body), answered[0])
+        parts.append(f"answer {telling.body[:200]!r}")
     if step.answered_by is not None and answered:
-        named = ", ".join(f"{pod or 'no pod named'} ×{number}" for pod, number in sorted(counts.items()))
+        silent = [(pod, 0) for pod in pods if pod not in counts] if step.answered_by.share is Share.EACH else []
+        named = ", ".join(f"{pod or 'no pod named'} ×{number}" for pod, number in sorted([*counts.items(), *silent]))
         parts.append(f"from {named}")
+        if step.answered_by.spread is Spread.EVEN and mode in RANDOM_MODES:
+            parts.append(f"chi-square p = {chi_square_p([counts[pod] for pod in pods]):.2g}")
     if step.sees_client is not None and answered:
         clients = Counter(o.seen_client or "no address" for o in answered)
         parts.append("client seen as " + ", ".join(sorted(clients)))

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from testbed.kernel.processes import Completed
 from testbed.model.objects import Object
+from testbed.model.topology import Topology
 
 T = TypeVar("T")
 
@@ -36,6 +37,9 @@ class LabLike(Protocol):
 
     @property
     def kubeconfig(self) -> Path: ...
+
+    @property
+    def topology(self) -> Topology: ...
 
     def call(self, where: str, function: Callable[..., T], *args: Any, timeout_s: float) -> T: ...
 

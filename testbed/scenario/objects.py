@@ -8,16 +8,29 @@ from testbed.model.objects import Object, is_terminating, labels_of, matches_lab
 from testbed.model.scenario import Condition, Selector
 
 SERVICE_LABEL = "kubernetes.io/service-name"
+TEMPLATE_HASH_LABEL = "pod-template-hash"
 
 
 def selected(objects: Sequence[Object], selector: Selector, *, with_owned: bool = False) -> list[Object]:
-    """Return the objects of a selector, by name or labels; ``with_owned``: also pods of the workload of that name."""
+    """Return the objects of a selector, by name or labels; ``with_owned``: or the pods of the workload of that name."""
     if selector.labels:
         return [obj for obj in objects if matches_labels(dict(selector.labels), labels_of(obj))]
     exact = [obj for obj in objects if name_of(obj) == selector.name]
     if exact or not with_owned:
         return exact
-    return [obj for obj in objects if name_of(obj).startswith(f"{selector.name}-")]
+    return [obj for obj in objects if selector.name in _workloads(obj)]
+
+
+def _workloads(pod: Object) -> set[str]:
+    """Return the names of the workloads that made a pod: its owner, and the Deployment that owner belongs to.
+
+    A Deployment's ReplicaSet is called DEPLOYMENT-HASH, and its pods carry the hash as a label.
+    """
+    owners = {ref["name"] for ref in pod["metadata"].get("ownerReferences") or () if ref.get("controller")}
+    template_hash = labels_of(pod).get(TEMPLATE_HASH_LABEL)
+    suffix = f"-{template_hash}"
+    deployments = {owner.removesuffix(suffix) for owner in owners if template_hash and owner.endswith(suffix)}
+    return owners | deployments
 
 
 def condition_of(obj: Object, kind: str) -> str:
@@ -85,7 +98,13 @@ def describe(obj: Object) -> str:
     if kind in _WORKLOADS:
         wanted = obj["spec"].get("replicas", 1)
         available, updated = status.get("availableReplicas", 0), status.get("updatedReplicas", 0)
-        return f"{name_of(obj)} {available}/{wanted} available, {updated} updated"
+        was_updated = "" if kind == "ReplicaSet" else f", {updated} updated"
+        return f"{name_of(obj)} {available}/{wanted} available{was_updated}"
+    if kind == "Node":
+        return f"{name_of(obj)} {'ready' if is_ready(obj) else 'not ready'}"
+    if kind == "Job":
+        counts = ", ".join(f"{status.get(word) or 0} {word}" for word in ("active", "succeeded", "failed"))
+        return f"{name_of(obj)} {counts}"
     return name_of(obj)
 
 
@@ -95,7 +114,7 @@ def ready_endpoints(slices: Sequence[Object]) -> set[str]:
         address
         for found in slices
         for endpoint in found.get("endpoints") or ()
-        if (endpoint.get("conditions") or {}).get("ready", True)
+        if (endpoint.get("conditions") or {}).get("ready") is not False  # unknown means ready (discovery/v1)
         for address in endpoint.get("addresses") or ()
     }
 

@@ -12,14 +12,18 @@ from typing import Any
 
 from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_XML_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_XML_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, 2.2
 _MARKS = {Status.PASSED: ("✓", "32"), Status.FAILED: ("✗", "31"), Status.NOT_RUN: ("-", "2")}
 
 
 def printable(text: str) -> str:
-    """Replace control characters: what a server answered must not move a reader's cursor."""
+    """Replace control characters: what a server answered must not move a reader's cursor. Lines stay lines."""
     return _CONTROL.sub("�", text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -45,7 +49,7 @@ class TextReport:
         """Return one line for a step that passed or was not run; what was wanted and seen for one that failed."""
         mark, colour = _MARKS[result.status]
         number = f"{result.number:>{len(str(total))}}/{total}"
-        title = printable(result.step.title)
+        title = _one_line(result.step.title)
         if result.status is Status.NOT_RUN:
             return f"  {self._paint(mark, colour)} {number} {title} (not run)"
         line = f"  {self._paint(mark, colour)} {number} {title:<70} {result.duration_s:6.2f} s"
@@ -57,9 +61,9 @@ class TextReport:
         rows.append(("file", f"{result.step.file}:{result.step.line}"))
         if result.attempts > 1:
             rows.append(("tried", f"{result.attempts} times"))
-        return "\n".join(
-            [line, *(f"      {self._paint(f'{name:<7}', '2')} {printable(value)}" for name, value in rows)]
-        )
+        below = "\n" + " " * 14  # the further lines of a value start where its first one does
+        shown = (f"{self._paint(f'{name:<7}', '2')} {printable(value)}".replace("\n", below) for name, value in rows)
+        return "\n".join([line, *(f"      {row}" for row in shown)])
 
     def summary(self, results: Sequence[ScenarioResult]) -> str:
         """Return how requests spread over pods, and a table of scenarios."""
@@ -79,11 +83,12 @@ class TextReport:
         for step in result.steps:
             if len(step.counts) > 1:
                 total = sum(step.counts.values())
-                lines.append(f"how {total} requests spread in step {step.number} ({printable(step.step.title)}):")
-                widest = max(len(pod) for pod in step.counts)
-                for pod, count in step.counts.items():
+                lines.append(f"how {total} answers spread in step {step.number} ({_one_line(step.step.title)}):")
+                counts = {_one_line(pod) or "(no pod named)": count for pod, count in step.counts.items()}
+                widest = max(map(len, counts))
+                for pod, count in counts.items():
                     bar = "█" * round(40 * count / total)
-                    lines.append(f"  {printable(pod):<{widest}}  {count:>5}  {100 * count / total:5.1f} %  {bar}")
+                    lines.append(f"  {pod:<{widest}}  {count:>5}  {100 * count / total:5.1f} %  {bar}".rstrip())
                 lines.append("")
         return lines
 
@@ -139,7 +144,7 @@ def junit_report(results: Sequence[tuple[ScenarioResult, str]], skipped: Sequenc
         for step in result.steps:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"{result.scenario.name}.{result.mode}",
-                name=_xml(f"{step.number}. {step.step.title}"), file=step.step.file, line=str(step.step.line),
+                name=_xml(f"{step.number}. {step.step.title}"), file=_xml(step.step.file), line=str(step.step.line),
                 time=f"{step.duration_s:.3f}",
             )  # fmt: skip
             if step.status is Status.FAILED:
@@ -156,7 +161,8 @@ def junit_report(results: Sequence[tuple[ScenarioResult, str]], skipped: Sequenc
         )
         ElementTree.SubElement(case, "skipped", message=_xml(reason))
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+    # declared here: ElementTree would declare the locale's encoding
+    return "<?xml version='1.0' encoding='utf-8'?>\n" + ElementTree.tostring(root, encoding="unicode")
 
 
 def _xml(text: str) -> str:
@@ -168,8 +174,8 @@ def write_reports(
 ) -> None:  # fmt: skip
     """Write scenario.json, junit.xml and observations.json (every single answer) into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenario.json").write_text(json_report(results, skipped) + "\n")
-    (folder / "junit.xml").write_text(junit_report(results, skipped) + "\n")
+    (folder / "scenario.json").write_text(json_report(results, skipped) + "\n", encoding="utf-8")
+    (folder / "junit.xml").write_text(junit_report(results, skipped) + "\n", encoding="utf-8")
     observations = [
         {
             "scenario": result.scenario.name,
@@ -181,4 +187,4 @@ def write_reports(
         for step in result.steps
         if step.observations
     ]
-    (folder / "observations.json").write_text(json.dumps(observations, indent=1) + "\n")
+    (folder / "observations.json").write_text(json.dumps(observations, indent=1) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import time
@@ -9,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address
+from pathlib import Path
 
-from testbed.errors import ApiError, InputError, TestbedError
+from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
 from testbed.kernel.processes import Completed
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
-from testbed.model.objects import BY_KIND, Object, name_of, namespace_of
+from testbed.model.objects import BY_KEY, BY_KIND, Object, labels_of, name_of, namespace_of
 from testbed.model.scenario import (
     ApplyStep,
     Condition,
@@ -32,7 +34,7 @@ from testbed.model.scenario import (
     WaitStep,
 )
 from testbed.probes import Observation, ask
-from testbed.scenario.judge import judge
+from testbed.scenario.judge import is_connection_only, judge
 from testbed.scenario.lab import LabLike
 from testbed.scenario.objects import (
     SERVICE_LABEL,
@@ -199,7 +201,9 @@ class _Runner:
         for file in step.files:
             for source in reversed(load_objects(file)):
                 obj = source.object
-                resource = BY_KIND[(obj["apiVersion"], obj["kind"])]
+                resource = BY_KIND.get((obj["apiVersion"], obj["kind"]))
+                if resource is None:  # nothing of this kind can be there
+                    continue
                 namespace = (namespace_of(obj) or "default") if resource.namespaced else ""
                 references.append((resource.key, namespace, name_of(obj)))
         for reference in references:
@@ -220,7 +224,7 @@ class _Runner:
 
     def _wait(self, step: WaitStep) -> Attempt:
         selector = step.selector
-        wanted = f"{step.resource} {selector} {step.condition.value}"
+        wanted = f"{BY_KEY[step.resource].kind.lower()} {selector} {step.condition.value}"
         if step.condition is Condition.ENDPOINTS:
             return self._wait_for_endpoints(step, wanted)
         objects, _ = self._lab.api.list(step.resource, selector.namespace or None)
@@ -240,29 +244,39 @@ class _Runner:
         services, _ = self._lab.api.list("services", selector.namespace)
         names = [name_of(service) for service in selected(services, selector)]
         slices, _ = self._lab.api.list("endpointslices.discovery.k8s.io", selector.namespace)
-        addresses = ready_endpoints([s for s in slices if s["metadata"].get("labels", {}).get(SERVICE_LABEL) in names])
+        addresses = ready_endpoints([s for s in slices if labels_of(s).get(SERVICE_LABEL) in names])
         passed = len(addresses) == step.count if step.count is not None else bool(addresses)
-        number = "" if step.count is None else f", {step.count} of them"
-        return Attempt(passed=passed, wanted=wanted + number, seen=", ".join(sorted(addresses)) or "no ready endpoint")
+        nothing = "no ready endpoint" if names else "no such object"
+        return Attempt(
+            passed=bool(names) and passed,
+            wanted=wanted + ("" if step.count is None else f", {step.count} of them"),
+            seen=", ".join(sorted(addresses)) or nothing,
+        )
 
     # -- programs and requests -------------------------------------------------------------------------------------
 
     def _exec(self, step: ExecStep) -> Attempt:
         where = self._place(step.where)
         done = self._lab.run(where, step.argv, timeout_s=max(_PROGRAM_TIMEOUT_S, step.within_s))
-        return _program_attempt(step, done, where)
+        return _program_attempt(step, step.argv, done, f" in {where}")
 
     def _kubectl(self, step: KubectlStep) -> Attempt:
         argv = [find_kubectl(), f"--kubeconfig={self._lab.kubeconfig}", *step.argv]
-        ran = subprocess.run(argv, capture_output=True, timeout=_PROGRAM_TIMEOUT_S, check=False)
-        return _program_attempt(step, Completed(ran.returncode, ran.stdout, ran.stderr), "kubectl")
+        try:  # in the scenario's folder, so that `apply -f FILE` finds its files
+            ran = subprocess.run(
+                argv, capture_output=True, timeout=_PROGRAM_TIMEOUT_S, check=False, cwd=Path(step.file).parent
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ExpectationFailed(f"did not end within {_PROGRAM_TIMEOUT_S:g} s") from error
+        return _program_attempt(step, ["kubectl", *step.argv], Completed(ran.returncode, ran.stdout, ran.stderr), "")
 
     def _expect(self, step: ExpectStep) -> Attempt:
         where = self._place(step.where)
         pods = self._pods(step.answered_by.pods) if step.answered_by else []
         client = self._client_address(step.sees_client) if step.sees_client is not None else ""
         timeout_s = step.times * (step.request.patience_s + 1) + 30
-        observations = self._lab.call(where, ask, step.request, step.times, timeout_s=timeout_s)
+        connect_only = is_connection_only(step)
+        observations = self._lab.call(where, ask, step.request, step.times, connect_only, timeout_s=timeout_s)
         ready = [pod_name(pod) for pod in pods if is_ready(pod)]
         verdict = judge(step, observations, pods=ready, mode=self._mode, client=client)
         return Attempt(
@@ -299,25 +313,20 @@ class _Runner:
 
     def _place(self, place: Place) -> str:
         """Return a place as the lab names it; of several pods the first ready one by name."""
-        if isinstance(place, str):
-            return place
-        ready = sorted(pod_name(pod) for pod in self._pods(place) if is_ready(pod))
+        return place if isinstance(place, str) else pod_name(self._first_ready(place))
+
+    def _first_ready(self, selector: Selector) -> Object:
+        ready = sorted(filter(is_ready, self._pods(selector)), key=pod_name)
         if not ready:
-            raise InputError(f"no pod of {place} is ready")
+            raise InputError(f"no pod of {selector} is ready")
         return ready[0]
 
     def _client_address(self, who: IPv4Address | Place) -> str:
         if isinstance(who, IPv4Address):
             return str(who)
         if isinstance(who, Selector):
-            addresses = {p["status"].get("podIP", "") for p in self._pods(who) if is_ready(p)}
-            if len(addresses) != 1:
-                raise InputError(f"{who} stands for one client, and {len(addresses)} pods of it are ready")
-            return str(addresses.pop())
-        topology = getattr(self._lab, "topology", None)
-        if topology is None:
-            raise InputError(f"the address of {who!r} is not known")
-        return str(topology.machine(who).address)
+            return str(self._first_ready(who)["status"]["podIP"])
+        return str(self._lab.topology.machine(who).address)
 
 
 def _within_s(step: Step) -> float:
@@ -331,7 +340,7 @@ def _within_s(step: Step) -> float:
     return 0.0
 
 
-def _program_attempt(step: ExecStep | KubectlStep, done: Completed, where: str) -> Attempt:
+def _program_attempt(step: ExecStep | KubectlStep, argv: Sequence[str], done: Completed, place: str) -> Attempt:
     output = done.stdout.decode(errors="replace")
     wanted = [f"status {step.status}"]
     passed = done.status == step.status
@@ -340,13 +349,7 @@ def _program_attempt(step: ExecStep | KubectlStep, done: Completed, where: str) 
         passed = passed and step.prints in output
     errors = done.stderr.decode(errors="replace").strip()
     seen = f"status {done.status}, printed {_shorten(output)!r}" + (f", said {_shorten(errors)!r}" if errors else "")
-    return Attempt(passed=passed, wanted=", ".join(wanted), seen=seen, where=f"`{_command(step.argv)}` in {where}")
-
-
-def _command(argv: Sequence[str]) -> str:
-    import shlex
-
-    return shlex.join(argv)
+    return Attempt(passed=passed, wanted=", ".join(wanted), seen=seen, where=f"`{shlex.join(argv)}`{place}")
 
 
 def _shorten(text: str, limit: int = 400) -> str:

@@ -27,6 +27,7 @@ from testbed.kernel.rtnetlink import (
     add_veth,
     delete_neighbour,
     mac_of,
+    retire_link,
     set_hairpin,
     set_link,
 )
@@ -198,7 +199,7 @@ class LabNetwork(Mininet):
             # The kernel deletes the link with the namespace, in its own time; deleting it here would wait 20 ms for
             # that. Taking it down makes the bridge forget at once what it learned about the address.
             self.node_netlink(link.node).send(
-                [set_link(link.index, up=False), delete_neighbour(_POD_BRIDGE_INDEX, link.address)]
+                [*retire_link(link.index), delete_neighbour(_POD_BRIDGE_INDEX, link.address)]
             )
         if name in self.nameToNode:
             self.delHost(self[name])

@@ -175,7 +175,7 @@ def transcript(done: subprocess.CompletedProcess[str]) -> str:
     lines = normalised(done.stdout).splitlines()
     lines += [f"! {line}" for line in normalised(done.stderr).splitlines()]
     lines += [f"? {done.returncode}"] if done.returncode else []
-    return "\n".join(lines)
+    return "\n".join(lines).strip("\n")
 
 
 __all__ = ["ADMIN_TOKEN", "BUNDLED", "HERE", "OLD", "Server", "serving_world", "transcript"]

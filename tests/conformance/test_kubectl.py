@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,24 @@ def test_kubectl_prints_what_the_golden_file_says(
         return
     commands = [command for command, _ in read_blocks(path)]
     assert [f"$ {command}\n{output}" for command, output in zip(commands, seen, strict=True)] == wanted
+
+
+def test_get_w_follows(server: Server, kubectl: Path) -> None:
+    """kubectl get -w prints a row for each change, under one header."""
+    done = server.kubectl("create", "service", "clusterip", "a", "--tcp=80", program=kubectl)
+    assert done.returncode == 0, done.stderr
+    env = {"KUBECONFIG": str(server.kubeconfig), "HOME": str(server.folder)}
+    with subprocess.Popen([kubectl, "get", "svc", "-w"], env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            rows = [process.stdout.readline().split()[0] for _ in range(2)]
+            server.kubectl("create", "service", "nodeport", "b", "--tcp=80", program=kubectl)
+            server.kubectl("delete", "svc", "a", program=kubectl)
+            rows += [process.stdout.readline().split()[0] for _ in range(2)]
+        finally:
+            process.terminate()
+            process.communicate(timeout=10)
+    assert rows == ["NAME", "a", "b", "a"]
 
 
 def test_there_are_enough_commands() -> None:

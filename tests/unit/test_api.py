@@ -212,9 +212,12 @@ def test_watch_ends_in_time_and_bookmarks_only_on_request(lab: Lab, monkeypatch:
     )
 
 
-def test_a_watcher_that_stops_reading_is_cut_off(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "value"), [("MAX_WATCH_BACKLOG", 50), ("MAX_WATCH_BACKLOG_BYTES", 100_000)])
+def test_a_watcher_that_stops_reading_is_cut_off(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
     """The queue of a watcher is bounded: who does not read loses the connection, not the lab its memory."""
-    monkeypatch.setattr(watching, "MAX_WATCH_BACKLOG", 50)
+    monkeypatch.setattr(watching, limit, value)
     lab.client.create({**service("a")})
     with lab.client.watch("services") as watch:
         next(watch)

@@ -33,7 +33,7 @@ class Running:
         self.tcp, self.udp = (port for _, port in self.server.bound)
         self._stop, stopping = socket.socketpair()
         self._stopping = stopping
-        self.thread = threading.Thread(target=self.server.run, args=(stopping,), kwargs={"drain_s": 5.0})
+        self.thread = threading.Thread(target=self.server.run, args=(stopping.fileno(),), kwargs={"drain_s": 5.0})
         self.thread.start()
 
     def stop(self) -> None:
@@ -195,7 +195,7 @@ def test_a_wildcard_server_answers_from_the_address_asked() -> None:
 def EchoServerOn(host: str) -> Iterator[int]:
     server = EchoServer([("UDP", 0)], IDENTITY, host=host)
     stop, stopping = socket.socketpair()
-    thread = threading.Thread(target=server.run, args=(stopping,))
+    thread = threading.Thread(target=server.run, args=(stopping.fileno(),))
     thread.start()
     yield server.bound[0][1]
     stop.send(b"x")
