@@ -30,6 +30,7 @@ from testbed.dataplane.iptables_rules import (
     ServiceRules,
     make_settings,
     needs_route_localnet,
+    node_port_addresses,
     render_service,
     split_evenly,
 )
@@ -39,7 +40,8 @@ from testbed.model.service import Endpoint, ServicePort, ServicePortName
 
 __all__ = [
     "CANARY_TABLES", "JUMPS", "LARGE_CLUSTER_ENDPOINTS", "Installed", "IptablesRenderer", "IptablesSettings", "Jump",
-    "RestorePayload", "make_settings", "needs_route_localnet", "parse_installed", "render_cleanup", "render_full",
+    "RestorePayload", "make_settings", "needs_route_localnet", "node_port_addresses",
+    "parse_installed", "render_cleanup", "render_full",
     "render_service", "saved_form", "split_evenly",
 ]  # fmt: skip
 

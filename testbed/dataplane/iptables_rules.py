@@ -74,7 +74,7 @@ def make_settings(
         masquerade_bit=options.masquerade_bit,
         # upstream switches the option off when no NodePort is to answer on the loopback
         localhost_node_ports=needs_route_localnet(config),
-        node_port_ips=_node_port_ips(config, own, local_addresses),
+        node_port_ips=node_port_addresses(config, own, local_addresses),
         drops_invalid=not config.conntrack.tcp_be_liberal,
         hints=HintPolicy(
             without_annotation=bool(gates.get("ServiceTrafficDistribution")),
@@ -83,9 +83,16 @@ def make_settings(
     )
 
 
-def _node_port_ips(
+def node_port_addresses(
     config: KubeProxyConfig, own: IPv4Address, local_addresses: Collection[IPv4Address]
 ) -> tuple[IPv4Address, ...] | None:
+    """Return the node's addresses on which NodePorts answer, sorted, or None when all do.
+
+    Args:
+        config: Its nodePortAddresses choose.
+        own: What ``primary`` stands for.
+        local_addresses: Every address of the node.
+    """
     wanted = _node_port_networks(config)
     if wanted is None or any(network.prefixlen == 0 for network in wanted):
         return None

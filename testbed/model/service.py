@@ -240,33 +240,46 @@ def service_of_slice(obj: Object) -> tuple[str, str] | None:
     return namespace_of(obj), service
 
 
-def parse_endpoint_slices(slices: Iterable[Object], node: str) -> dict[ServicePortName, tuple[Endpoint, ...]]:
-    """Return the endpoints of every service port named by the slices, as the node ``node`` sees them.
+SliceEndpoints = Mapping[ServicePortName, tuple[Endpoint, ...]]
 
-    The slices of a service are merged; of two endpoints with the same address and port, one on this node wins.
-    Each list is sorted by the text ``address:port`` (10.0.0.10:80 comes before 10.0.0.9:80).
+
+def parse_endpoint_slice(obj: Object, node: str) -> SliceEndpoints:
+    """Return the endpoints of each service port that one slice names, in its order, as the node ``node`` sees them."""
+    service = service_of_slice(obj)
+    if service is None:
+        return {}
+    found: dict[ServicePortName, tuple[Endpoint, ...]] = {}
+    for port in obj.get("ports") or ():
+        number = port.get("port")
+        if not number:
+            continue
+        # A port without a name is stored with the name "" (the API server's default), so that is what it means here.
+        name = ServicePortName(*service, port.get("name") or "", port.get("protocol") or "TCP")
+        parsed = (_parse_endpoint(raw, number, node) for raw in obj.get("endpoints") or ())
+        found[name] = (*found.get(name, ()), *(endpoint for endpoint in parsed if endpoint is not None))
+    return found
+
+
+def merge_endpoints(slices: Iterable[SliceEndpoints]) -> dict[ServicePortName, tuple[Endpoint, ...]]:
+    """Return the endpoints of every service port over all slices of a service.
+
+    Of two endpoints with the same address and port, one on this node wins. Each list is sorted by the text
+    ``address:port`` (10.0.0.10:80 comes before 10.0.0.9:80).
     """
     found: dict[ServicePortName, dict[str, Endpoint]] = {}
-    for obj in slices:
-        service = service_of_slice(obj)
-        if service is None:
-            continue
-        endpoints = obj.get("endpoints") or ()
-        for port in obj.get("ports") or ():
-            number = port.get("port")
-            if not number:
-                continue
-            # A port without a name is stored with the name "" (the API server's default), so that is what it means here.
-            name = ServicePortName(*service, port.get("name") or "", port.get("protocol") or "TCP")
+    for parsed in slices:
+        for name, endpoints in parsed.items():
             merged = found.setdefault(name, {})
-            for raw in endpoints:
-                endpoint = _parse_endpoint(raw, number, node)
-                if endpoint is None:
-                    continue
+            for endpoint in endpoints:
                 known = merged.get(endpoint.text)
                 if known is None or not known.is_local:
                     merged[endpoint.text] = endpoint
     return {name: tuple(merged[text] for text in sorted(merged)) for name, merged in found.items()}
+
+
+def parse_endpoint_slices(slices: Iterable[Object], node: str) -> dict[ServicePortName, tuple[Endpoint, ...]]:
+    """Return the endpoints of every service port named by the slices, as the node ``node`` sees them."""
+    return merge_endpoints(parse_endpoint_slice(obj, node) for obj in slices)
 
 
 def _parse_endpoint(raw: Mapping[str, Any], port: int, node: str) -> Endpoint | None:

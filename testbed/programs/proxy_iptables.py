@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 
 from testbed.dataplane.iptables import (
     IptablesRenderer,
     IptablesSettings,
     RestorePayload,
+    make_settings,
     parse_installed,
     render_cleanup,
 )
 from testbed.dataplane.state import ProxyState
-from testbed.errors import CommandError, RulesRejected
+from testbed.errors import CommandError, MissingFeature, RulesRejected
 from testbed.kernel.iptables import Backend, Iptables
-from testbed.model.service import ServicePortName
+from testbed.kernel.runner import Runner
+from testbed.model.proxyconfig import KubeProxyConfig
+from testbed.model.service import NodeView, ServicePortName
 
 #: iptables-nft 1.8.9 takes quadratic time for the chains of one transaction (docs/adr/0005-iptables-restore.md).
 _PER_TRANSACTION: Mapping[Backend, int] = {Backend.NFT: 100, Backend.LEGACY: 0}
@@ -59,6 +64,12 @@ class IptablesProxier:
         self._full_due = True
         self._is_repair = False
         self._refused: dict[ServicePortName, str] = {}
+
+    def make_settings(
+        self, config: KubeProxyConfig, node: NodeView, local_addresses: Collection[IPv4Address]
+    ) -> IptablesSettings:
+        """Return what `sync` takes for a node."""
+        return make_settings(config, node, local_addresses)
 
     @property
     def is_full_due(self) -> bool:
@@ -160,6 +171,19 @@ class IptablesProxier:
         damage = self._renderer.find_damage(parse_installed(self._iptables.save()))
         self._is_repair = bool(damage)
         return damage
+
+
+def remove_nftables_tables(runner: Runner) -> None:
+    """Delete the tables of nftables mode. Without nft there are none.
+
+    Raises:
+        KernelError: nft refused.
+    """
+    tables = [(family, "kube-proxy") for family in ("ip", "ip6")]
+    # Adding what may be there already makes the deletion succeed either way.
+    text = "".join(f"{verb} table {family} {name}\n" for family, name in tables for verb in ("add", "delete"))
+    with contextlib.suppress(MissingFeature):
+        runner.run(["nft", "-f", "-"], stdin=text)
 
 
 def clean_up(iptables: Iptables) -> None:
