@@ -360,10 +360,15 @@ class IptablesRenderer:
             del wanted[name]
         chunks: list[_Block] = [_Block("nat")]
         taken = 0
+        there = frozenset(installed.service_chains)
         for rules in wanted.values():
-            differing = [
-                (chain, own) for chain, own in rules.chains.items() if not self._is_equal("nat", chain, own, installed)
-            ]
+            differing = rules.chains.items()
+            if not there.isdisjoint(rules.chains):
+                differing = {
+                    chain: own
+                    for chain, own in rules.chains.items()
+                    if not self._is_equal("nat", chain, own, installed)
+                }.items()
             if not differing:
                 continue
             if per_transaction and taken == per_transaction:
@@ -383,8 +388,7 @@ class IptablesRenderer:
             tables["nat"].declared += chunks[0].declared
             tables["nat"].rules += chunks[0].rules
             chunks = []
-        used = {chain for rules in wanted.values() for chain in rules.chains}
-        tables["nat"].deleted = sorted(chain for chain in installed.service_chains if chain not in used)
+        tables["nat"].deleted = sorted(there.difference(*(rules.chains for rules in wanted.values()))) if there else []
         for table in CANARY_TABLES:
             if table not in installed.canaries:
                 tables[table].declared.append(chains.CANARY)
