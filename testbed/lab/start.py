@@ -80,24 +80,25 @@ def start_lab(
     *,
     name: str,
     proxy_mode: str,
-    iptables_backend: str,
     attached: bool,
+    iptables_backend: str = "",
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> Lab:
     """Start a lab and return when kube-proxy has synced on every node.
 
     Args:
-        iptables_backend: what ``iptables`` is on the nodes: `choose_iptables_backend` says.
         attached: end the lab when this process ends, however it ends, unless it calls `Lab.detach` first.
+        iptables_backend: what ``iptables`` is on the nodes, ``legacy`` or ``nft``; '' what it is on this machine.
         on_progress: called with a word for each phase that was reached.
 
     Raises:
         LabError: a lab of that name is running, or it did not get ready; nothing of it is left.
     """
     check_machine()
+    backend = choose_iptables_backend(iptables_backend)
     folder = claim_folder(name)
     try:
-        return _start(folder, topology, proxy_mode, iptables_backend, attached, on_progress)
+        return _start(folder, topology, proxy_mode, backend, attached, on_progress)
     except BaseException:
         folder.remove()
         raise
