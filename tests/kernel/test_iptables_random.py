@@ -155,3 +155,27 @@ def test_random_clusters(two_nodes: tuple[Iptables, Iptables], seed: int) -> Non
         busy.tracker.delete_service("ns", obj["metadata"]["name"])
     busy.sync()
     assert " ns/s" not in busy.iptables.save() and "KUBE-SVC-" not in busy.iptables.save()
+
+
+def test_hundreds_of_services_come_and_go_at_once(two_nodes: tuple[Iptables, Iptables]) -> None:
+    """So many that they take several transactions: the rules are the same, and all of them go again."""
+    chance = random.Random(7)
+    world = World(two_nodes[0], settings_of())
+    keep = [random_service(chance, number) for number in range(3)]
+    world.tracker.replace_services(keep)
+    world.tracker.replace_slices([])
+    world.sync()
+    before = comparable(world.iptables.save())
+    many = [service(f"m{number}", f"172.30.{3 + number // 200}.{number % 200 + 1}") for number in range(350)]
+    for number, obj in enumerate(many):
+        world.tracker.set_service(obj)
+        world.tracker.set_slice(endpoint_slice(f"m{number}", endpoint(f"10.9.{number // 200}.{number % 200 + 1}")))
+    world.sync()
+    assert sum(chain.startswith("KUBE-SEP-") for _, chain in comparable(world.iptables.save())) == 350
+    assert world.proxier.find_damage() == ""
+    for number in range(len(many)):
+        world.tracker.delete_service("ns", f"m{number}")
+        world.tracker.delete_slice("ns", f"m{number}-x")
+    world.sync()
+    assert comparable(world.iptables.save()) == before
+    assert world.proxier.find_damage() == ""
