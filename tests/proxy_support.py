@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import pytest
 
 from testbed.dataplane.changes import ChangeTracker
-from testbed.dataplane.iptables import IptablesSettings, make_settings
+from testbed.dataplane.iptables import IptablesSettings, make_settings, saved_form
 from testbed.dataplane.state import ProxyState
-from testbed.errors import CommandError
+from testbed.errors import CommandError, KernelError
 from testbed.kernel.iptables import Backend
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.model.proxyconfig import parse_proxy_config
@@ -110,7 +110,7 @@ def settings_of(config: Mapping[str, Any] | None = None, node: NodeView | None =
 class FakeIptables:
     """Stands for iptables-legacy-save and -restore: holds tables, and refuses what the real ones refuse.
 
-    It keeps rules as they were written, so only the order of `-m comment` arguments differs from a real dump.
+    It keeps rules as they were written, and prints them as the real ones do.
     """
 
     BUILTIN: ClassVar = {
@@ -123,22 +123,18 @@ class FakeIptables:
         self.tables: dict[str, dict[str, list[str]]] = {}
         self.calls: list[list[str]] = []
         self.payloads: list[str] = []
-        self.conntrack: list[list[str]] = []
-        self.fail_next: CommandError | None = None
+        self.refused = ""  # rules with this in them are refused when the table is committed
+        self.failing: KernelError | None = None  # what every restore ends with
 
     def run(self, argv: Sequence[str], *, stdin: str = "", timeout_s: float = 60) -> str:
         self.calls.append(list(argv))
         if argv[0] == "iptables":
             return "iptables v1.8.9 (legacy)\n"
-        if argv[0] == "conntrack":
-            self.conntrack.append(list(argv))
-            raise CommandError(argv, 1, "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been deleted.\n")
         if argv[0] == "iptables-legacy-save":
             return self._save()
         assert argv[0] == "iptables-legacy-restore" and "--noflush" in argv, argv
-        if self.fail_next is not None:
-            error, self.fail_next = self.fail_next, None
-            raise error
+        if self.failing is not None:
+            raise self.failing
         self.payloads.append(stdin)
         self._restore(argv, stdin)
         return ""
@@ -148,7 +144,7 @@ class FakeIptables:
         for table, chains in self.tables.items():
             lines.append(f"*{table}")
             lines += [f":{chain} {'ACCEPT' if chain in self.BUILTIN[table] else '-'} [0:0]" for chain in chains]
-            lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
+            lines += [saved_form(f"-A {chain} {rule}") for chain, rules in chains.items() for rule in rules]
             lines.append("COMMIT")
         return "\n".join(lines) + "\n"
 
@@ -163,7 +159,7 @@ class FakeIptables:
                 chain = line[1:].split()[0]
                 chains[chain] = chains[chain] if chain in self.BUILTIN[table] else []
             elif line == "COMMIT":
-                self._check(argv, number, chains)
+                self._check(argv, number, chains, self.refused)
                 self.tables[table] = chains
             else:
                 verb, chain, rule = [*line.split(" ", 2), ""][:3]
@@ -180,16 +176,21 @@ class FakeIptables:
                     del chains[chain]
                 elif verb == "-F":
                     chains[chain] = []
+                elif verb == "-D":
+                    if rule not in chains[chain]:
+                        raise CommandError(argv, 1, f"iptables-restore: line {number} failed: Bad rule.")
+                    chains[chain].remove(rule)
                 else:
                     chains[chain].insert(0 if verb == "-I" else len(chains[chain]), rule)
 
     @staticmethod
-    def _check(argv: Sequence[str], number: int, chains: Mapping[str, list[str]]) -> None:
+    def _check(argv: Sequence[str], number: int, chains: Mapping[str, list[str]], refused: str) -> None:
         known = {*chains, "ACCEPT", "DROP", "REJECT", "RETURN", "MARK", "MASQUERADE", "DNAT"}
         for rules in chains.values():
             for rule in rules:
                 words = shlex.split(rule)
-                if "-j" in words and words[words.index("-j") + 1] not in known:
+                unknown = "-j" in words and words[words.index("-j") + 1] not in known
+                if unknown or (refused and refused in rule):
                     raise CommandError(
                         argv, 1, f"iptables-restore: line {number} failed: No chain/target/match by that name."
                     )

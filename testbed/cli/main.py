@@ -61,6 +61,13 @@ def _lab_option(command: F) -> F:
     return click.option("-l", "--lab", metavar="LAB", help="Which lab; not needed while only one is running.")(command)
 
 
+def _backend_option(command: F) -> F:
+    return click.option(
+        "--iptables-backend", type=click.Choice(["legacy", "nft"]),
+        help="Which iptables the nodes use, instead of this machine's.",
+    )(command)  # fmt: skip
+
+
 def _output_option(*formats: str) -> Callable[[F], F]:
     return click.option("-o", "--output", type=click.Choice(formats), default=formats[0], help="How to print.")
 
@@ -71,14 +78,17 @@ def _output_option(*formats: str) -> Callable[[F], F]:
     "-t", "--topology", metavar="FILE", default="three-nodes", help="A topology file, or the name of one of ours."
 )
 @click.option("--proxy-mode", metavar="MODE", help="kube-proxy's mode, instead of the topology's.")
+@_backend_option
 @click.option(
     "-f", "--filename", "manifests", metavar="MANIFEST", multiple=True, help="Objects to create once it is ready."
 )
-def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, ...]) -> None:
+def up(
+    name: str, topology: str, proxy_mode: str | None, iptables_backend: str | None, manifests: tuple[str, ...]
+) -> None:  # fmt: skip
     """Start a lab in the background and return when it is ready."""
     import time
 
-    from testbed.lab.start import check_machine, start_lab
+    from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
     from testbed.manifests import find_topology, load_objects, load_topology
     from testbed.scenario.modes import check_mode
 
@@ -91,7 +101,10 @@ def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, .
     objects = [source for file in files for source in load_objects(file)]
     mode = check_mode(proxy_mode or loaded.proxy_mode)
     check_machine()
-    with start_lab(loaded, name=name, proxy_mode=mode, attached=True, on_progress=_progress) as lab:
+    backend = choose_iptables_backend(iptables_backend or "")
+    with start_lab(
+        loaded, name=name, proxy_mode=mode, iptables_backend=backend, attached=True, on_progress=_progress
+    ) as lab:
         for source in objects:
             try:
                 obj, verb = lab.api.apply(source.object)
@@ -100,7 +113,9 @@ def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, .
             click.echo(f"{obj['kind'].lower()}/{obj['metadata']['name']} {verb}")
         lab.detach()
     nodes = ", ".join(node.name for node in loaded.nodes)
-    click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy mode {mode}")
+    click.echo(
+        f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy mode {mode}, iptables-{backend}"
+    )
     hints = {
         f'eval "$(testbed env {name})"; kubectl get pods -A': "objects, with your own kubectl",
         f"testbed kubectl -l {name} get pods -A": "the same, with the one that came along",
@@ -172,6 +187,7 @@ def list_labs(output: str) -> None:
                 "topology": record.topology,
                 "nodes": list(record.nodes),
                 "proxyMode": record.proxy_mode,
+                "iptablesBackend": record.iptables_backend,
                 "ageSeconds": round(now - record.started, 1),
             }
             for record in records
@@ -272,16 +288,24 @@ def mininet_cli(lab: str | None) -> int:
 @click.option(
     "--proxy-mode", "modes", metavar="MODE", multiple=True, help="Only this mode; may be given several times."
 )
+@_backend_option
 @_output_option("text", "json", "junit")
 @click.option(
     "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
 )
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
-def run(scenarios: tuple[str, ...], modes: tuple[str, ...], output: str, report_folder: Path | None, keep: bool) -> int:
+def run(
+    scenarios: tuple[str, ...],
+    modes: tuple[str, ...],
+    iptables_backend: str | None,
+    output: str,
+    report_folder: Path | None,
+    keep: bool,
+) -> int:
     """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
     from testbed.cli.run import run_scenarios
 
-    return run_scenarios([Path(name) for name in scenarios], modes, output, report_folder, keep)
+    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend or "", output, report_folder, keep)
 
 
 @cli.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from testbed.errors import ApiError
+from testbed.model.events import event_namespace, make_event
 from testbed.model.objects import Object
 from testbed.registry import Registry
 
@@ -40,42 +41,18 @@ def record_event(
         host: The node that the component works for.
         field_path: The part of the object: ``spec.containers{web}``.
     """
-    metadata = obj["metadata"]
-    namespace = metadata.get("namespace") or "default"  # of Nodes and the like, as upstream
     now = registry.now()
-    told = (str(metadata.get("uid", "")), kind, reason, message, component, field_path)
-    known = registry.store.get("events", namespace, registry.told.get(told, ""))
+    told = (str(obj["metadata"].get("uid", "")), kind, reason, message, component, field_path)
+    known = registry.store.get("events", event_namespace(obj), registry.told.get(told, ""))
     try:
         if known is not None:
             count = int(known.get("count", 1)) + 1
             registry.update("events", {**known, "count": count, "lastTimestamp": now})
             return
-        involved = {
-            "kind": obj.get("kind", ""),
-            "apiVersion": obj.get("apiVersion", ""),
-            "name": metadata["name"],
-            "uid": metadata.get("uid", ""),
-            "resourceVersion": metadata.get("resourceVersion", ""),
-        }
-        if metadata.get("namespace"):
-            involved["namespace"] = metadata["namespace"]
-        if field_path:
-            involved["fieldPath"] = field_path
-        event = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": event_name(obj, now, registry.store.revision), "namespace": namespace},
-            "involvedObject": involved,
-            "type": kind,
-            "reason": reason,
-            "message": message,
-            "source": {"component": component, **({"host": host} if host else {})},
-            "reportingComponent": component,
-            "reportingInstance": host,
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
+        name = event_name(obj, now, registry.store.revision)
+        event = make_event(
+            obj, kind, reason, message, component, now=now, name=name, host=host, field_path=field_path
+        )  # fmt: skip
         if len(registry.told) >= _MAX_TOLD:  # the oldest half: of what is told again now and then, one is soon back
             registry.told = dict(list(registry.told.items())[_MAX_TOLD // 2 :])
         registry.told[told] = registry.create("events", event)["metadata"]["name"]

@@ -24,7 +24,7 @@ def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
 
 
 def system_objects(
-    topology: Topology, *, proxy_config_text: str, api_folder: str, api: tuple[IPv4Address, int]
+    topology: Topology, *, proxy_config_text: str, api_folder: str, api: tuple[IPv4Address, int], iptables_backend: str
 ) -> list[Object]:
     """Return the Service ``kubernetes`` and kube-proxy's ServiceAccount, ConfigMap and DaemonSet, in creation order.
 
@@ -32,13 +32,14 @@ def system_objects(
         proxy_config_text: a KubeProxyConfiguration in YAML, what the ConfigMap holds as ``config.conf``.
         api_folder: the node's folder with the API's socket, given to kube-proxy as a hostPath volume.
         api: where the API listens inside the lab.
+        iptables_backend: which iptables kube-proxy uses.
     """
     return [
         _kubernetes_service(topology, api[1]),
         *_kubernetes_endpoints(*api),
         _object("v1", "ServiceAccount", "kube-proxy"),
         _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),
-        _kube_proxy(api_folder),
+        _kube_proxy(api_folder, iptables_backend),
     ]
 
 
@@ -85,7 +86,7 @@ def _kubernetes_service(topology: Topology, port: int) -> Object:
     }
 
 
-def _kube_proxy(api_folder: str) -> Object:
+def _kube_proxy(api_folder: str, iptables_backend: str) -> Object:
     labels = {"k8s-app": "kube-proxy"}
     container = {
         "name": "kube-proxy",
@@ -99,6 +100,7 @@ def _kube_proxy(api_folder: str) -> Object:
             {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
             {"name": "TESTBED_API_SOCKET", "value": "/var/run/testbed/api.sock"},
             {"name": "XTABLES_LOCKFILE", "value": "/run/xtables.lock"},
+            {"name": "TESTBED_IPTABLES_BACKEND", "value": iptables_backend},
         ],
         "securityContext": {"privileged": True},
         "readinessProbe": {"httpGet": {"path": "/healthz", "port": 10256}, "periodSeconds": 10},

@@ -93,8 +93,14 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
 
     nodes.start()
     config = yaml.safe_dump(proxy_configuration(request.topology, request.proxy_mode), sort_keys=False)
-    api = (endpoint.inside, API_PORT)
-    for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder, api=api):
+    objects = system_objects(
+        request.topology,
+        proxy_config_text=config,
+        api_folder=api_folder,
+        api=(endpoint.inside, API_PORT),
+        iptables_backend=request.iptables_backend,
+    )
+    for obj in objects:
         registry.create(_resource_key(obj), obj)
     await _until_ready(store, nodes.failed)
     report(request.progress_fd, ready=True)

@@ -38,6 +38,7 @@ class LabRecord:
     topology: str
     nodes: tuple[str, ...]
     proxy_mode: str
+    iptables_backend: str = ""  # of a lab that an older version started: not known
 
 
 def state_root() -> Path:

@@ -17,11 +17,10 @@ from proxy_support import (
     without_counters,
 )
 
-from testbed.dataplane.iptables import JUMPS, IptablesRenderer, parse_installed, render_full
+from testbed.dataplane.iptables import JUMPS, parse_installed, render_full
 from testbed.dataplane.trace import Node, Packet, parse_rules, to_endpoints, trace
 from testbed.errors import CommandError, MissingFeature, RulesRejected
-from testbed.kernel.conntrack import delete_udp_flows
-from testbed.kernel.iptables import Backend, Iptables, detect_backend, refused_line
+from testbed.kernel.iptables import Backend, Iptables, detect_backend, refused_lines
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.model.service import ServicePortName
 from testbed.programs.proxy_iptables import IptablesProxier
@@ -77,9 +76,7 @@ class TestApplier:
         proxier.sync(state_of([DB], SLICES[1:]), frozenset({WEB_PORT}), settings)
         saved = iptables.save()
         assert "ns/web" not in saved
-        wanted = render_full(state_of([DB], SLICES[1:]), settings)
-        assert parse_installed(saved).chains == wanted.chains
-        assert parse_installed(saved).rules == wanted.rules
+        assert render_full(state_of([DB], SLICES[1:]), settings, parse_installed(saved)).text == ""
 
     def test_flush_is_found_and_repaired(self, tools: tuple[Runner, Backend]) -> None:
         """After somebody emptied our nat chains and jumps, a full sync brings back the same dump."""
@@ -123,7 +120,7 @@ class TestApplier:
     def test_saved_rules_trace_as_the_rendered_ones(self, tools: tuple[Runner, Backend]) -> None:
         """A packet's fate is the same by what we write and by what the kernel prints."""
         iptables, node = Iptables(*tools), Node.of("192.168.0.2")
-        payload = IptablesRenderer(settings_of()).full(state_of([WEB, DB], SLICES), parse_installed(""))
+        payload = render_full(state_of([WEB, DB], SLICES), settings_of())
         iptables.apply(payload.text)
         packet, fate = (
             Packet("203.0.113.2", "192.168.0.2", 30080),
@@ -156,23 +153,10 @@ def test_jumps_are_saved_as_we_compare_them(backend: Backend, tmp_path: Path) ->
         assert parse_installed(iptables.save()).jumps == {(jump.table, jump.saved) for jump in JUMPS}
 
 
-@pytest.mark.root
-def test_forgetting_flows_that_are_not_there(tmp_path: Path) -> None:
-    """conntrack(8) ends with status 1 when there was nothing to delete; that is success."""
-    with real_iptables(Backend.LEGACY, tmp_path) as runner:
-        Iptables(runner, Backend.LEGACY).apply(render_full(state_of([], []), settings_of()).text)
-        try:
-            delete_udp_flows(runner, port=30053)
-        except (MissingFeature, CommandError) as error:
-            if "not installed" in str(error) or "No such file" in str(error):
-                pytest.skip("conntrack is not installed (apt-get install conntrack)")
-            raise
-
-
 def test_missing_tool_is_named() -> None:
     """The error says which package has it."""
-    with pytest.raises(MissingFeature, match=r"conntrack is not installed \(apt-get install conntrack\)"):
-        SubprocessRunner({"PATH": "/nonexistent"}).run(["conntrack", "-L"])
+    with pytest.raises(MissingFeature, match=r"nft is not installed \(apt-get install nftables\)"):
+        SubprocessRunner({"PATH": "/nonexistent"}).run(["nft", "list", "tables"])
 
 
 @pytest.mark.parametrize(
@@ -191,13 +175,18 @@ def test_backend_is_the_machines_unless_chosen(version: str, wanted: Backend) ->
 
 
 @pytest.mark.parametrize(
-    ("stderr", "line"),
+    ("stderr", "lines"),
     [
-        ("iptables-restore: line 3 failed: No chain/target/match by that name.\n", 3),
-        ('iptables-restore v1.8.9 (legacy): unknown option "--dprt"\nError occurred at line: 12\nTry `…\n', 12),
-        ("Another app is currently holding the xtables lock.\n", None),
+        ("iptables-restore: line 3 failed: No chain/target/match by that name.\n", (3,)),
+        ('iptables-restore v1.8.9 (legacy): unknown option "--dprt"\nError occurred at line: 12\nTry `…\n', (12,)),
+        (
+            "iptables-nft-restore v1.8.9 (nf_tables): \nline 3: RULE_APPEND failed (No such file or directory): rule in "
+            "chain X\nline 9: RULE_APPEND failed (No such file or directory): rule in chain Y\n",
+            (3, 9),
+        ),
+        ("Another app is currently holding the xtables lock.\n", ()),
     ],
 )
-def test_refused_line(stderr: str, line: int | None) -> None:
-    """Both forms of refusal name the line; other failures have none."""
-    assert refused_line(stderr) == line
+def test_refused_lines(stderr: str, lines: tuple[int, ...]) -> None:
+    """All forms of refusal name their lines; other failures have none."""
+    assert refused_lines(stderr) == lines
