@@ -493,7 +493,7 @@ class NftablesRenderer:
                     transaction.add_chain(chain_name, chain, name, empty_first=True)  # it may be a stale one
                 elif before.chains[chain_name] != chain:
                     transaction.change_chain(chain_name, chain, name)
-            for chain_name in before.chains.keys() - after.chains.keys():
+            for chain_name in sorted(before.chains.keys() - after.chains.keys()):
                 transaction.remove_chain(chain_name, at_once=delete_at_once)
         for key, old in touched.items():
             claims = self._claims.get(key)
@@ -605,7 +605,7 @@ class NftablesRenderer:
         new: dict[ElementKey, Element] = {}
         for element in after.elements:
             new.setdefault(element[:2], element)
-        for key in old.keys() | new.keys():
+        for key in dict.fromkeys((*old, *new)):
             claims = self._claims.get(key, ())
             touched.setdefault(key, claims[0][1] if claims else None)
             left = tuple(claim for claim in claims if claim[0] != name)

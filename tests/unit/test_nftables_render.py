@@ -518,7 +518,7 @@ def test_differences_are_told() -> None:
     wanted = parse_listing(LISTING)
     assert differences(wanted, parse_listing(LISTING)) == []
     damaged = parse_listing(
-        LISTING.replace("172.30.0.42,", "172.30.0.99,").replace("\t\treject\n", "").replace("chain empty", "chain other")
+        LISTING.replace("172.30.0.42,", "172.30.0.99,").replace("        reject\n", "").replace("chain empty", "chain other")
         .replace("set affinity-X", "set affinity-Y")
     )  # fmt: skip
     assert differences(wanted, damaged) == [
