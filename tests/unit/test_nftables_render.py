@@ -352,8 +352,8 @@ class TestDifference:
         self.tracker.delete_slice("ns1", "svc1-x")
         assert self.change() == [
             "flush chain ip kube-proxy service-ULMVA6XW-ns1/svc1/tcp/p80",
-            "delete element ip kube-proxy hairpin-connections { 10.180.0.1 . 10.180.0.1 . tcp . 80 }",
             "delete element ip kube-proxy service-ips { 172.30.0.41 . tcp . 80 }",
+            "delete element ip kube-proxy hairpin-connections { 10.180.0.1 . 10.180.0.1 . tcp . 80 }",
             'add element ip kube-proxy no-endpoint-services { 172.30.0.41 . tcp . 80 comment "ns1/svc1:p80" : goto '
             "reject-chain }",
             "delete chain ip kube-proxy service-ULMVA6XW-ns1/svc1/tcp/p80",
