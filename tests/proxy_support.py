@@ -26,7 +26,7 @@ from testbed.model.service import NodeView, parse_node
 Object = dict[str, Any]
 
 POD_CIDR = "10.0.0.0/8"
-NODE, NODE_IP = "node1", "192.168.0.2"
+NODE, NODE_IP, SECOND_IP = "node1", "192.168.0.2", "192.168.1.2"
 
 
 def service(
@@ -104,7 +104,7 @@ def settings_of(config: Mapping[str, Any] | None = None, node: NodeView | None =
     """Return settings for a configuration; pods are `POD_CIDR` unless it says otherwise."""
     parsed, problems = parse_proxy_config({"clusterCIDR": POD_CIDR, **(config or {})})
     assert not problems
-    addresses = [IPv4Address(a) for a in ("127.0.0.1", NODE_IP, "192.168.1.2")]
+    addresses = [IPv4Address(a) for a in ("127.0.0.1", NODE_IP, SECOND_IP)]
     return make_settings(parsed, node or parse_node(node_object()), addresses)
 
 
@@ -114,7 +114,7 @@ def nftables_settings(
     """Return the settings of nftables mode for a configuration; pods are `POD_CIDR` unless it says otherwise."""
     parsed, problems = parse_proxy_config({"clusterCIDR": POD_CIDR, **(config or {})})
     assert not problems
-    addresses = [IPv4Address(a) for a in ("127.0.0.1", NODE_IP, "192.168.1.2")]
+    addresses = [IPv4Address(a) for a in ("127.0.0.1", NODE_IP, SECOND_IP)]
     return make_nftables_settings(parsed, parse_node(node_object()), addresses, [IPv4Network(c) for c in service_cidrs])
 
 
