@@ -10,6 +10,7 @@
     ├── LabError                 3  a lab could not be started, reached or stopped
     ├── KernelError              3  the kernel or a tool refused
     │   ├── MissingFeature       3  a tool, module or kernel feature is not there
+    │   ├── LockHeld             3  another process holds the tool's lock
     │   ├── CommandError         3  argv, where it ran, exit status, stderr
     │   ├── RulesRejected        3  the line, its neighbours, the reason
     │   └── NotPresent           3  the link, namespace or rule is not there
@@ -136,12 +137,19 @@ class CommandError(KernelError):
         super().__init__(f"{prefix}`{shlex.join(argv)}` ended with status {status}: {stderr.strip() or '(no message)'}")
 
 
-class RulesRejected(KernelError):
-    """A rule file was refused; nothing of it is in effect."""
+class LockHeld(KernelError):
+    """Another process holds the lock that a tool needs."""
 
-    def __init__(self, tool: str, line_number: int, context: Sequence[str], reason: str) -> None:
+
+class RulesRejected(KernelError):
+    """A rule file was refused; nothing of it is in effect. ``line_numbers`` are all that were complained about, from 1."""
+
+    def __init__(
+        self, tool: str, line_number: int, context: Sequence[str], reason: str, line_numbers: Sequence[int] = ()
+    ) -> None:
         self.tool = tool
         self.line_number = line_number
+        self.line_numbers = tuple(line_numbers) or (line_number,)
         self.context = tuple(context)
         self.reason = reason
         shown = "".join(f"\n    {line}" for line in context)

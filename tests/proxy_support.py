@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import pytest
 
 from testbed.dataplane.changes import ChangeTracker
-from testbed.dataplane.iptables import IptablesSettings, make_settings
+from testbed.dataplane.iptables import IptablesSettings, make_settings, saved_form
 from testbed.dataplane.nftables import NftablesSettings, make_nftables_settings
 from testbed.dataplane.state import ProxyState
-from testbed.errors import CommandError
+from testbed.errors import CommandError, KernelError
 from testbed.kernel.iptables import Backend
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.model.proxyconfig import parse_proxy_config
@@ -121,7 +121,7 @@ def nftables_settings(
 class FakeIptables:
     """Stands for iptables-legacy-save and -restore: holds tables, and refuses what the real ones refuse.
 
-    It keeps rules as they were written, so only the order of `-m comment` arguments differs from a real dump.
+    It keeps rules as they were written, and prints them as the real ones do.
     """
 
     BUILTIN: ClassVar = {
@@ -135,7 +135,7 @@ class FakeIptables:
         self.calls: list[list[str]] = []
         self.payloads: list[str] = []
         self.conntrack: list[list[str]] = []
-        self.fail_next: CommandError | None = None
+        self.failing: KernelError | None = None  # what every restore ends with
 
     def run(self, argv: Sequence[str], *, stdin: str = "", timeout_s: float = 60) -> str:
         self.calls.append(list(argv))
@@ -147,9 +147,8 @@ class FakeIptables:
         if argv[0] == "iptables-legacy-save":
             return self._save()
         assert argv[0] == "iptables-legacy-restore" and "--noflush" in argv, argv
-        if self.fail_next is not None:
-            error, self.fail_next = self.fail_next, None
-            raise error
+        if self.failing is not None:
+            raise self.failing
         self.payloads.append(stdin)
         self._restore(argv, stdin)
         return ""
@@ -159,7 +158,7 @@ class FakeIptables:
         for table, chains in self.tables.items():
             lines.append(f"*{table}")
             lines += [f":{chain} {'ACCEPT' if chain in self.BUILTIN[table] else '-'} [0:0]" for chain in chains]
-            lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
+            lines += [saved_form(f"-A {chain} {rule}") for chain, rules in chains.items() for rule in rules]
             lines.append("COMMIT")
         return "\n".join(lines) + "\n"
 
@@ -191,6 +190,10 @@ class FakeIptables:
                     del chains[chain]
                 elif verb == "-F":
                     chains[chain] = []
+                elif verb == "-D":
+                    if rule not in chains[chain]:
+                        raise CommandError(argv, 1, f"iptables-restore: line {number} failed: Bad rule.")
+                    chains[chain].remove(rule)
                 else:
                     chains[chain].insert(0 if verb == "-I" else len(chains[chain]), rule)
 

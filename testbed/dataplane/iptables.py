@@ -1,39 +1,52 @@
-"""What kube-proxy writes in iptables mode: pure text for one ``iptables-restore --noflush --counters``.
+"""What kube-proxy writes in iptables mode: pure text for ``iptables-restore --noflush --counters``.
+
+A node's rules are the fixed ones, the shared chains (dispatch and refusals, a line or two for each service port) and the
+chains of each service port (`testbed.dataplane.iptables_rules`).
 
 ::
 
-    PREROUTING, OUTPUT ─ KUBE-SERVICES ─┬─ ClusterIP ──────── KUBE-SVC or KUBE-SVL ─ KUBE-SEP ─ DNAT
-        (nat)                           ├─ external IP ────── KUBE-EXT ─┤
-                                        ├─ load balancer IP ─ KUBE-FW ─ KUBE-EXT
-                                        └─ last: to this node KUBE-NODEPORTS ─ KUBE-EXT
-    INPUT, FORWARD, OUTPUT (filter): KUBE-SERVICES, KUBE-EXTERNAL-SERVICES refuse what has no endpoints,
-                                     KUBE-PROXY-FIREWALL drops what KUBE-FW did not admit
-    POSTROUTING (nat): KUBE-POSTROUTING masquerades marked packets
+    full payload      all that differs from what `iptables-save` printed: at the start that is everything
+    partial payload   what differs from what the last accepted payload left: a chain that changed is written whole,
+                      a line of a shared chain is inserted or deleted
 
-One service port is rendered into one `ServiceRules`, which is kept while its input stays the same. A payload joins them:
-the dispatch rules of every service port (their chains are shared and rewritten whole), and the chains of those that
-changed; `--noflush` keeps the others.
+Upstream writes all shared chains again in every partial sync. We do not, and so a sync costs what changed; changes from
+outside are found by comparing everything (`IptablesRenderer.find_damage`) instead of by canary chains alone.
+docs/adr/0005-iptables-restore.md has the measurements.
 
 Source: kubernetes pkg/proxy/iptables/proxier.go (v1.30).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network
+from functools import cached_property
 
 from testbed.dataplane import chains
+from testbed.dataplane.iptables_rules import (
+    IptablesSettings,
+    ServiceRules,
+    make_settings,
+    needs_route_localnet,
+    render_service,
+    split_evenly,
+)
 from testbed.dataplane.state import ProxyState
-from testbed.dataplane.topology import ANNOTATED_ONLY, EndpointChoice, HintPolicy, choose_endpoints
-from testbed.model.proxyconfig import PRIMARY, KubeProxyConfig, LocalDetector, Origin, local_detector, node_address
-from testbed.model.service import Endpoint, NodeView, ServicePort, ServicePortName, TrafficPolicy, parse_network
+from testbed.dataplane.topology import choose_endpoints
+from testbed.model.service import Endpoint, ServicePort, ServicePortName
+
+__all__ = [
+    "CANARY_TABLES", "JUMPS", "LARGE_CLUSTER_ENDPOINTS", "Installed", "IptablesRenderer", "IptablesSettings", "Jump",
+    "RestorePayload", "make_settings", "needs_route_localnet", "parse_installed", "render_cleanup", "render_full",
+    "render_service", "saved_form", "split_evenly",
+]  # fmt: skip
 
 #: Above this many endpoints over all service ports, comments are left out where there are most rules.
 LARGE_CLUSTER_ENDPOINTS = 1000
-
-_LOCALHOST = IPv4Address("127.0.0.1")
-_LOOPBACK = IPv4Network("127.0.0.0/8")
+#: A shared chain that loses more lines than this at once is written anew: iptables looks for each line in the whole chain.
+_MOST_DELETIONS = 16
 _LAST_COMMENT = '"kubernetes service nodeports; NOTE: this must be the last rule in this chain"'
 
 
@@ -85,302 +98,31 @@ _FILTER_CHAINS = (
 _NAT_CHAINS = (chains.SERVICES, chains.NODE_PORTS, chains.POSTROUTING, chains.MARK_MASQ)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IptablesSettings:
-    """Everything but Services and endpoints that the rules depend on."""
-
-    node: str = ""
-    node_ip: IPv4Address = _LOCALHOST
-    node_labels: Mapping[str, str] = field(default_factory=dict)
-    detector: LocalDetector | None = None
-    masquerade_all: bool = False
-    masquerade_bit: int = 14
-    localhost_node_ports: bool = True
-    #: Where NodePorts answer; None is every local address.
-    node_port_ips: tuple[IPv4Address, ...] | None = None
-    drops_invalid: bool = True
-    random_fully: bool = True  # iptables 1.6.2 and later
-    hints: HintPolicy = ANNOTATED_ONLY
-
-    @property
-    def mark(self) -> str:
-        return f"0x{1 << self.masquerade_bit:08x}"
+_Place = tuple[str, str]  # table and chain
 
 
-def make_settings(
-    config: KubeProxyConfig, node: NodeView, local_addresses: Collection[IPv4Address]
-) -> IptablesSettings:
-    """Return the settings of one node.
-
-    Args:
-        config: The node's kube-proxy configuration.
-        node: Its Node object.
-        local_addresses: Every address of the node; only looked at when NodePorts are limited to some.
-    """
-    options = config.iptables
-    own = node_address(config, node)
-    gates = config.feature_gates
-    return IptablesSettings(
-        node=node.name,
-        node_ip=own,
-        node_labels=node.labels,
-        detector=local_detector(config, node),
-        masquerade_all=options.masquerade_all,
-        masquerade_bit=options.masquerade_bit,
-        # upstream switches the option off when no NodePort is to answer on the loopback
-        localhost_node_ports=needs_route_localnet(config),
-        node_port_ips=_node_port_ips(config, own, local_addresses),
-        drops_invalid=not config.conntrack.tcp_be_liberal,
-        hints=HintPolicy(
-            without_annotation=bool(gates.get("ServiceTrafficDistribution")),
-            of_nodes=bool(gates.get("PreferSameTrafficDistribution")),
-        ),
-    )
+def _declare(chain: str) -> str:
+    return f":{chain} - [0:0]"  # declaring a chain empties it
 
 
-def _node_port_ips(
-    config: KubeProxyConfig, own: IPv4Address, local_addresses: Collection[IPv4Address]
-) -> tuple[IPv4Address, ...] | None:
-    networks = [parse_network(entry) for entry in config.node_port_addresses if entry != PRIMARY]
-    wanted = [network for network in networks if network is not None]
-    if not config.node_port_addresses or any(network.prefixlen == 0 for network in wanted):
-        return None
-    found = {a for a in local_addresses if any(a in network for network in wanted)}
-    if PRIMARY in config.node_port_addresses:
-        found.add(own)
-    if not config.iptables.localhost_node_ports:
-        found = {a for a in found if not a.is_loopback}
-    return tuple(sorted(found))
-
-
-def needs_route_localnet(config: KubeProxyConfig) -> bool:
-    """Say whether packets to 127.0.0.1 must be allowed to leave the loopback: NodePorts answer there."""
-    if not config.iptables.localhost_node_ports:
-        return False
-    if not config.node_port_addresses:
-        return True
-    networks = [parse_network(entry) for entry in config.node_port_addresses if entry != PRIMARY]
-    return any(network is not None and network.overlaps(_LOOPBACK) for network in networks)
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceRules:
-    """The rules of one service port: lines without line ends, each list in upstream's order."""
-
-    filter_rules: tuple[str, ...]
-    nat_dispatch: tuple[str, ...]
-    chains: tuple[str, ...]
-    nat_rules: tuple[str, ...]
-    no_local_endpoints: tuple[bool, bool]  # internal, external: there are endpoints, but none here
-
-
-class _Matches:
-    """The arguments that say where packets come from, once per settings."""
-
-    def __init__(self, detector: LocalDetector | None) -> None:
-        self.is_pod = self.is_not_pod = ""
-        if detector is not None:
-            option = "-s" if detector.origin is Origin.ADDRESS else "-i"
-            value = f"{detector.value}+" if detector.origin is Origin.INTERFACE_PREFIX else detector.value
-            self.is_pod = f" {option} {value}"
-            self.is_not_pod = f" ! {option} {value}"
-
-
-def render_service(
-    service: ServicePort, choice: EndpointChoice, settings: IptablesSettings, *, large: bool = False
-) -> ServiceRules:
-    """Return the rules of one service port for the endpoints chosen for it.
-
-    ``large`` leaves out the comments of the rules that lead to endpoints and of the endpoints' own.
-    """
-    name, protocol = str(service.name), service.protocol.tool_name
-    suffix = chains.service_suffix(service.name)
-    cluster_chain, local_chain = chains.CLUSTER_PREFIX + suffix, chains.LOCAL_PREFIX + suffix
-    external_chain, ranges_chain = chains.EXTERNAL_PREFIX + suffix, chains.SOURCE_RANGES_PREFIX + suffix
-    internal_local = service.internal_policy is TrafficPolicy.LOCAL
-    external_local = service.external_policy is TrafficPolicy.LOCAL
-    internal_target = local_chain if internal_local else cluster_chain
-    external_target = local_chain if external_local else cluster_chain
-    has_internal = bool(choice.local if internal_local else choice.has_any)
-    has_external = bool(choice.local if external_local else choice.has_any)
-    refusal = ("has no local endpoints", "DROP") if choice.has_any else ("has no endpoints", "REJECT")
-    uses_external_chain = choice.has_any and service.is_externally_accessible
-    uses_ranges_chain = choice.has_any and bool(service.load_balancer_ips) and bool(service.source_ranges)
-    matches = _Matches(settings.detector)
-    filter_rules: list[str] = []
-    dispatch: list[str] = []
-    used: list[str] = []
-    nat: list[str] = []
-
-    def to(address: IPv4Address) -> str:
-        return f"-m {protocol} -p {protocol} -d {address} --dport {service.port}"
-
-    def refuse(chain: str, match: str) -> None:
-        filter_rules.append(f'-A {chain} -m comment --comment "{name} {refusal[0]}" {match} -j {refusal[1]}')
-
-    # Dispatch: which destination leads to which chain.
-    if has_internal:
-        dispatch.append(
-            f'-A {chains.SERVICES} -m comment --comment "{name} cluster IP" {to(service.cluster_ip)} -j {internal_target}'
-        )
-    else:
-        refuse(chains.SERVICES, to(service.cluster_ip))
-    for address in service.external_ips:
-        if choice.has_any:
-            dispatch.append(
-                f'-A {chains.SERVICES} -m comment --comment "{name} external IP" {to(address)} -j {external_chain}'
-            )
-        if not has_external:
-            refuse(chains.EXTERNAL_SERVICES, to(address))
-    for address in service.load_balancer_ips:
-        if choice.has_any:
-            target = ranges_chain if uses_ranges_chain else external_chain
-            dispatch.append(
-                f'-A {chains.SERVICES} -m comment --comment "{name} loadbalancer IP" {to(address)} -j {target}'
-            )
-        if uses_ranges_chain:
-            filter_rules.append(
-                f'-A {chains.PROXY_FIREWALL} -m comment --comment "{name} traffic not accepted by {ranges_chain}" '
-                f"{to(address)} -j DROP"
-            )
-    if not has_external:
-        for address in service.load_balancer_ips:
-            refuse(chains.EXTERNAL_SERVICES, to(address))
-    if service.node_port:
-        to_node_port = f"-m {protocol} -p {protocol} --dport {service.node_port}"
-        if choice.has_any:
-            dispatch.append(f"-A {chains.NODE_PORTS} -m comment --comment {name} {to_node_port} -j {external_chain}")
-        if not has_external:
-            refuse(chains.EXTERNAL_SERVICES, f"-m addrtype --dst-type LOCAL {to_node_port}")
-    if service.health_check_node_port:
-        filter_rules.append(
-            f'-A {chains.NODE_PORTS} -m comment --comment "{name} health check node port" '
-            f"-m tcp -p tcp --dport {service.health_check_node_port} -j ACCEPT"
-        )
-
-    # Chains of this service port's own.
-    if has_internal:
-        source = None if settings.masquerade_all else matches.is_not_pod
-        if source != "":
-            nat.append(
-                f'-A {internal_target} -m comment --comment "{name} cluster IP" {to(service.cluster_ip)}{source or ""} '
-                f"-j {chains.MARK_MASQ}"
-            )
-    if uses_external_chain:
-        used.append(external_chain)
-        nat.extend(_external_rules(name, external_chain, cluster_chain, external_local, matches))
-        if has_external:
-            nat.append(f"-A {external_chain} -j {external_target}")
-    if uses_ranges_chain:
-        used.append(ranges_chain)
-        nat.extend(_ranges_rules(service, ranges_chain, external_chain, settings.node_ip))
-    if choice.cluster:
-        used.append(cluster_chain)
-        nat.extend(_balancing_rules(service, cluster_chain, choice.cluster, large))
-    if choice.local:
-        used.append(local_chain)
-        nat.extend(_balancing_rules(service, local_chain, choice.local, large))
-    for endpoint in choice.reachable:
-        endpoint_chain = chains.endpoint_chain(service.name, endpoint.text)
-        used.append(endpoint_chain)
-        nat.extend(_endpoint_rules(service, endpoint_chain, endpoint, large))
-    return ServiceRules(
-        filter_rules=tuple(filter_rules),
-        nat_dispatch=tuple(dispatch),
-        chains=tuple(used),
-        nat_rules=tuple(nat),
-        no_local_endpoints=(
-            choice.has_any and internal_local and not choice.local,
-            choice.has_any and external_local and service.is_externally_accessible and not choice.local,
-        ),
-    )
-
-
-def _external_rules(name: str, chain: str, cluster_chain: str, local: bool, matches: _Matches) -> Iterable[str]:
-    """Yield what happens to packets for an external address before the endpoints are chosen."""
-    if not local:
-        # Another node's endpoint must answer through this node, which is the one the client talks to.
-        yield (
-            f'-A {chain} -m comment --comment "masquerade traffic for {name} external destinations" -j {chains.MARK_MASQ}'
-        )
-        return
-    if matches.is_pod:
-        # A pod that uses an external address gets what the ClusterIP would give it: every node's endpoints.
-        yield (
-            f'-A {chain} -m comment --comment "pod traffic for {name} external destinations"{matches.is_pod} '
-            f"-j {cluster_chain}"
-        )
-    for verb, target in (("masquerade", chains.MARK_MASQ), ("route", cluster_chain)):
-        yield (
-            f'-A {chain} -m comment --comment "{verb} LOCAL traffic for {name} external destinations" '
-            f"-m addrtype --src-type LOCAL -j {target}"
-        )
-
-
-def _ranges_rules(service: ServicePort, chain: str, target: str, node_ip: IPv4Address) -> Iterable[str]:
-    """Yield the gate of loadBalancerSourceRanges. What it does not admit meets KUBE-PROXY-FIREWALL later."""
-    comment = f'-m comment --comment "{service.name} loadbalancer IP"'
-    for network in service.source_ranges:
-        yield f"-A {chain} {comment} -s {network} -j {target}"
-    if any(node_ip in network for network in service.source_ranges):
-        # Packets of the node to its own load-balancer address are looped back with that address as their source.
-        for address in service.load_balancer_ips:
-            yield f"-A {chain} {comment} -s {address} -j {target}"
-    yield (
-        f'-A {chain} -m comment --comment "other traffic to {service.name} will be dropped by {chains.PROXY_FIREWALL}"'
-    )
-
-
-def split_evenly(n: int) -> list[str]:
-    """Return ``--probability`` values that spread traffic evenly over ``n`` endpoints.
-
-    Rules are tried in order, so rule ``i`` must take ``1/(n-i)`` of what reaches it; the last endpoint takes the rest.
-
-    Returns:
-        ``n - 1`` fractions in (0, 1), ten decimals, in rule order.
-
-    Raises:
-        ValueError: ``n`` is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"need at least one endpoint, got {n}")
-    return [f"{1 / (n - i):.10f}" for i in range(n - 1)]
-
-
-def _balancing_rules(service: ServicePort, chain: str, endpoints: Sequence[Endpoint], large: bool) -> Iterable[str]:
-    targets = [chains.endpoint_chain(service.name, endpoint.text) for endpoint in endpoints]
-    comments = ["" if large else f' -m comment --comment "{service.name} -> {e.text}"' for e in endpoints]
-    if service.affinity_timeout_s:
-        for target, comment in zip(targets, comments, strict=True):
-            yield (
-                f"-A {chain}{comment} -m recent --name {target} --rcheck --seconds {service.affinity_timeout_s} --reap "
-                f"-j {target}"
-            )
-    for target, comment, probability in zip(targets, comments, [*split_evenly(len(targets)), ""], strict=True):
-        match = f" -m statistic --mode random --probability {probability}" if probability else ""
-        yield f"-A {chain}{comment}{match} -j {target}"
-
-
-def _endpoint_rules(service: ServicePort, chain: str, endpoint: Endpoint, large: bool) -> Iterable[str]:
-    comment = "" if large else f" -m comment --comment {service.name}"
-    protocol = service.protocol.tool_name
-    # Hairpin: a pod that reaches itself must see the node as its peer, or it would answer itself directly.
-    yield f"-A {chain}{comment} -s {endpoint.address} -j {chains.MARK_MASQ}"
-    recent = f" -m recent --name {chain} --set" if service.affinity_timeout_s else ""
-    yield f"-A {chain}{comment}{recent} -m {protocol} -p {protocol} -j DNAT --to-destination {endpoint.text}"
+# --- what is there ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """What of ours a node has already: its service chains (nat), canaries' tables, and jumps as they are saved."""
+    """What of ours a node has, as it is saved: chains with their rules, our jumps, and the tables with a canary."""
 
-    chains: frozenset[str] = frozenset()
+    chains: Mapping[_Place, tuple[str, ...]] = field(default_factory=dict)
     jumps: frozenset[tuple[str, str]] = frozenset()  # (table, saved line)
     canaries: frozenset[str] = frozenset()
-    rules: Mapping[str, int] = field(default_factory=dict)  # table -> number of rules in our chains
+
+    @property
+    def service_chains(self) -> list[str]:
+        return [chain for table, chain in self.chains if table == "nat" and chain.startswith(chains.SERVICE_PREFIXES)]
 
 
 NOTHING_INSTALLED = Installed()
+_SHARED: Mapping[str, tuple[str, ...]] = {"filter": _FILTER_CHAINS, "nat": _NAT_CHAINS}
 
 
 def parse_installed(saved: str) -> Installed:
@@ -393,188 +135,528 @@ def parse_installed(saved: str) -> Installed:
         -A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
         COMMIT
     """
-    found: set[str] = set()
+    found: dict[_Place, list[str]] = {}
     jumps: set[tuple[str, str]] = set()
     canaries: set[str] = set()
     wanted = {(jump.table, jump.saved) for jump in JUMPS}
-    rules = {"filter": 0, "nat": 0}
     table = ""
     for line in saved.splitlines():
-        if line.startswith(":"):
+        if line.startswith("-A KUBE-"):
+            place = (table, line.split(" ", 2)[1])
+            if place in found:
+                found[place].append(line)
+        elif line.startswith(":KUBE-"):
             chain = line[1:].split(" ", 1)[0]
             if chain == chains.CANARY:
                 canaries.add(table)
-            elif table == "nat" and chain.startswith(chains.SERVICE_PREFIXES):
-                found.add(chain)
-        elif line.startswith("-A KUBE-"):
-            if table in rules:
-                rules[table] += 1
-        elif line.startswith("-A ") and (table, line.rstrip()) in wanted:
-            jumps.add((table, line.rstrip()))
+            elif chain in _SHARED.get(table, ()) or (table == "nat" and chain.startswith(chains.SERVICE_PREFIXES)):
+                found[table, chain] = []
+        elif line.startswith("-A "):
+            if (table, line.rstrip()) in wanted:
+                jumps.add((table, line.rstrip()))
         elif line.startswith("*"):
             table = line[1:].strip()
-    return Installed(frozenset(found), frozenset(jumps), frozenset(canaries), rules)
+    return Installed({place: tuple(rules) for place, rules in found.items()}, frozenset(jumps), frozenset(canaries))
+
+
+_WORD = re.compile(r'"[^"]*"|\S+')
+_PLAIN = re.compile(r"[\w-]+", re.ASCII)
+
+
+def saved_form(line: str) -> str:
+    """Return a rule of ours as ``iptables-save`` prints it (1.8.9, both backends).
+
+    Addresses, interface and protocol come first; marks, chances and refusals are spelled out; comments are quoted unless
+    they are one plain word.
+    """
+    words = _WORD.findall(line)
+    first: dict[str, str] = {}
+    rest: list[str] = []
+    index, negation = 2, ""
+    while index < len(words):
+        word = words[index]
+        if word == "!":
+            negation, index = "! ", index + 1
+            continue
+        value = words[index + 1] if index + 1 < len(words) else ""
+        taken = 2
+        if word in ("-s", "-d"):
+            if value != "0.0.0.0/0":
+                first[word] = f"{negation}{word} {value if '/' in value else f'{value}/32'}"
+        elif word in ("-i", "-p"):
+            first[word] = f"{negation}{word} {value}"
+        elif word == "--comment":
+            text = value.strip('"')
+            rest.append(f"{word} {text}" if _PLAIN.fullmatch(text) else f'{word} "{text}"')
+        elif word == "--mark":
+            rest.append(f"{negation}{word} " + "/".join(hex(int(part, 16)) for part in value.split("/")))
+        elif word in ("--or-mark", "--xor-mark"):
+            mark = hex(int(value, 16))
+            rest.append(f"--set-xmark {mark}/{mark if word == '--or-mark' else '0x0'}")
+        elif word == "--probability":
+            rest.append(f"{word} {round(float(value) * 0x80000000) / 0x80000000:.11f}")
+        elif (word, value) == ("-j", "REJECT"):
+            rest.append("-j REJECT --reject-with icmp-port-unreachable")
+        elif (word, value) == ("-m", "recent"):
+            # --name NAME --set, or --name NAME --rcheck --seconds N --reap
+            end = words.index("-m", index + 2) if "-m" in words[index + 2 :] else words.index("-j", index)
+            options = " ".join(words[index + 4 : end])
+            rest.append(f"-m recent {options} --name {words[index + 3]} --mask 255.255.255.255 --rsource")
+            taken = end - index
+        elif word in ("-m", "-j", "--dport", "--to-destination", "--ctstate", "--dst-type", "--src-type", "--mode"):
+            rest.append(f"{negation}{word} {value}")
+        else:
+            rest.append(word)
+            taken = 1
+        negation = ""
+        index += taken
+    ordered = [first[word] for word in ("-s", "-d", "-i", "-p") if word in first]
+    return " ".join([*words[:2], *ordered, *rest])
+
+
+# --- what is wanted --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RestorePayload:
+    """Text for one ``iptables-restore --noflush --counters``, and what holds once it is accepted; '' changes nothing."""
+
+    text: str
+    rules: Mapping[str, int]  # table -> number of rules that exist once it is accepted, ours only
+    written: Mapping[str, int]  # table -> number of rules in the text
+    no_local_endpoints: tuple[int, int]  # service ports without local endpoints: internal, external policy
+    #: What the service ports that are written will have; None: nothing.
+    after: Mapping[ServicePortName, ServiceRules | None] = field(default_factory=dict)
+    #: Unused service chains that the text leaves to a later payload.
+    kept_stale: frozenset[str] = frozenset()
+
+    @cached_property
+    def chains(self) -> frozenset[str]:
+        """Chains of the service ports that are written."""
+        return frozenset(chain for rules in self.after.values() if rules is not None for chain in rules.chains)
+
+    def owners_of(self, numbers: Iterable[int]) -> set[ServicePortName]:
+        """Return the service ports that these lines of the text (from 1) are about; none for lines of nobody."""
+        lines = self.text.splitlines()
+        wanted = {lines[n - 1].split(" ", 1)[-1] for n in numbers if n <= len(lines) and lines[n - 1].startswith("-")}
+        return {
+            name
+            for name, rules in self.after.items()
+            if rules is not None and any(line[3:] in wanted for line in _lines_of(rules))
+        }
+
+
+def _lines_of(rules: ServiceRules) -> Iterator[str]:
+    yield from rules.filter_rules
+    yield from rules.nat_dispatch
+    for own in rules.chains.values():
+        yield from own
+
+
+class _Block:
+    """One transaction on one table, being written."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        self.declared: list[str] = []
+        self.rules: list[str] = []
+        self.deleted: list[str] = []
+
+    def lines(self) -> list[str]:
+        if not (self.declared or self.rules or self.deleted):
+            return []
+        # A deleted chain is emptied by its declaration, so that it refers to nothing.
+        heads = [*map(_declare, self.declared), *map(_declare, self.deleted)]
+        return [f"*{self.table}", *heads, *self.rules, *(f"-X {chain}" for chain in self.deleted), "COMMIT"]
 
 
 @dataclass(frozen=True, slots=True)
-class RestorePayload:
-    """Text for one ``iptables-restore --noflush --counters``, and what holds once it is accepted."""
+class _Known:
+    """The rules of a service port, and what they were rendered from."""
 
-    text: str
-    chains: frozenset[str]  # service chains in use
-    rules: Mapping[str, int]  # table -> number of rules that should exist, ours only
-    no_local_endpoints: tuple[int, int]  # service ports without local endpoints: internal, external policy
-
-
-def missing_parts(installed: Installed, wanted: RestorePayload) -> str:
-    """Return in a few words what differs from the payload once accepted, or ''.
-
-    Upstream looks for its canary chain only, and so overlooks a flush that leaves chains in place (`iptables -F`).
-    """
-    tables = sorted(set(CANARY_TABLES) - installed.canaries)
-    if tables:
-        return f"the canary chain is gone from {', '.join(tables)}"
-    for jump in JUMPS:
-        if (jump.table, jump.saved) not in installed.jumps:
-            return f"a jump is gone from {jump.table}: {jump.saved}"
-    gone = sorted(wanted.chains - installed.chains)
-    if gone:
-        return f"{len(gone)} chains are gone, for example {gone[0]}"
-    for table, count in wanted.rules.items():
-        if installed.rules.get(table, 0) != count:
-            return f"{table} has {installed.rules.get(table, 0)} rules in our chains instead of {count}"
-    return ""
+    service: ServicePort
+    endpoints: tuple[Endpoint, ...]
+    rules: ServiceRules
 
 
 class IptablesRenderer:
-    """Renders payloads and remembers the rules of service ports that did not change. Holds no kernel state."""
+    """Renders payloads. It remembers the rules that are wanted, and those that accepted payloads have put in place.
+
+    Use: `update` with a state, `full` or `partial` for a payload, and `accept` when the kernel has taken it.
+    """
 
     def __init__(self, settings: IptablesSettings) -> None:
         self.settings = settings
-        self._cache: dict[ServicePortName, tuple[ServicePort, tuple[Endpoint, ...], bool, ServiceRules]] = {}
+        self._known: dict[ServicePortName, _Known] = {}
+        self._installed: dict[ServicePortName, ServiceRules] = {}
+        self._pending: set[ServicePortName] = set()
+        self._stale: set[str] = set()  # chains that are to be deleted some time
+        self._endpoints = 0
+        self._prints: dict[_Place, int] = {}  # hashes of chains in their saved form
+        self._spelled: dict[_Place, int] = {}  # of chains that this machine's tools print in another way
+        self._rules = Counter({"filter": len(_flat(self._fixed("filter"))), "nat": len(_flat(self._fixed("nat")))})
+        self._no_local = [0, 0]
 
-    def full(self, state: ProxyState, installed: Installed) -> RestorePayload:
-        """Return everything: canaries and missing jumps too, and the removal of service chains not in use."""
-        rules = self._rules(state)
-        return self._payload(rules, rules.keys(), installed.chains, installed)
+    @property
+    def is_large(self) -> bool:
+        return self._endpoints > LARGE_CLUSTER_ENDPOINTS
 
-    def partial(
-        self, state: ProxyState, changed: Collection[ServicePortName], installed_chains: Collection[str]
-    ) -> RestorePayload:
-        """Return the dispatch of every service port, but the chains of ``changed`` ones only."""
-        return self._payload(self._rules(state), changed, installed_chains, None)
-
-    def _rules(self, state: ProxyState) -> dict[ServicePortName, ServiceRules]:
-        large = state.endpoint_count > LARGE_CLUSTER_ENDPOINTS
-        found: dict[ServicePortName, tuple[ServicePort, tuple[Endpoint, ...], bool, ServiceRules]] = {}
-        settings = self.settings
-        for name in sorted(state.services):
-            service, endpoints = state.services[name], state.endpoints.get(name, ())
-            known = self._cache.get(name)
-            if known and known[0] is service and known[1] is endpoints and known[2] is large:
-                found[name] = known
+    def update(self, state: ProxyState, changed: Collection[ServicePortName] | None = None) -> None:
+        """Take in a state; ``changed`` names what differs from the one before, None: anything may."""
+        names: Collection[ServicePortName] = {*state.services, *self._known} if changed is None else changed
+        for name in names:
+            known = self._known.get(name)
+            before = len(known.endpoints) if known else 0
+            after = len(state.endpoints.get(name, ())) if name in state.services else 0
+            self._endpoints += after - before
+        large, settings = self.is_large, self.settings
+        for name in names:
+            known, service = self._known.get(name), state.services.get(name)
+            if service is None:
+                self._know(name, None)
+                continue
+            endpoints = state.endpoints.get(name, ())
+            if known and known.service is service and known.endpoints is endpoints:
                 continue
             choice = choose_endpoints(service, endpoints, settings.node_labels, settings.node, settings.hints)
-            found[name] = (service, endpoints, large, render_service(service, choice, settings, large=large))
-        self._cache = found
-        return {name: entry[3] for name, entry in found.items()}
+            self._know(name, _Known(service, endpoints, render_service(service, choice, settings, large=large)))
+
+    def _know(self, name: ServicePortName, new: _Known | None) -> None:
+        old = self._known.pop(name, None)
+        for known, sign in ((old, -1), (new, 1)):
+            if known is not None:
+                rules = known.rules
+                self._rules["filter"] += sign * len(rules.filter_rules)
+                self._rules["nat"] += sign * (len(rules.nat_dispatch) + sum(map(len, rules.chains.values())))
+                for index, without in enumerate(rules.no_local_endpoints):
+                    self._no_local[index] += sign * without
+        if new is not None:
+            self._known[name] = new
+        self._pending.add(name)
+
+    @property
+    def pending(self) -> frozenset[ServicePortName]:
+        """Service ports whose rules are not in place."""
+        return frozenset(self._pending)
+
+    # -- payloads --------------------------------------------------------------------------------------------------
+
+    def full(
+        self, installed: Installed, *, per_transaction: int = 0, without: Collection[ServicePortName] = ()
+    ) -> RestorePayload:
+        """Return all that must change on a node that has ``installed``: jumps and canaries too.
+
+        Args:
+            installed: What is there now.
+            per_transaction: If not 0, at most this many service ports' chains in one transaction, where upstream puts all
+                of them in one: iptables-nft takes quadratic time for those. Shared chains come last, in one transaction.
+            without: Service ports to leave out, unless they are in place already.
+        """
+        wanted = {name: self._known[name].rules for name in sorted(self._known)}
+        skipped = [name for name in without if name in wanted and not self._is_in_place(wanted[name], installed)]
+        for name in skipped:
+            del wanted[name]
+        chunks: list[_Block] = [_Block("nat")]
+        taken = 0
+        for rules in wanted.values():
+            differing = [
+                (chain, own) for chain, own in rules.chains.items() if not self._is_equal("nat", chain, own, installed)
+            ]
+            if not differing:
+                continue
+            if per_transaction and taken == per_transaction:
+                chunks.append(_Block("nat"))
+                taken = 0
+            taken += 1
+            chunks[-1].declared += [chain for chain, _ in differing]
+            for _, own in differing:
+                chunks[-1].rules += own
+        tables = {table: _Block(table) for table in ("mangle", "filter", "nat")}
+        for table in ("filter", "nat"):
+            self._add_shared(tables[table], wanted, installed)
+        if len(chunks) > 1:
+            if ("nat", chains.MARK_MASQ) not in installed.chains:
+                chunks[0].declared.insert(0, chains.MARK_MASQ)  # a rule needs the chain that it leads to
+        else:
+            tables["nat"].declared += chunks[0].declared
+            tables["nat"].rules += chunks[0].rules
+            chunks = []
+        used = {chain for rules in wanted.values() for chain in rules.chains}
+        tables["nat"].deleted = sorted(chain for chain in installed.service_chains if chain not in used)
+        for table in CANARY_TABLES:
+            if table not in installed.canaries:
+                tables[table].declared.append(chains.CANARY)
+        for jump in JUMPS:  # after the rules they lead to, and each on top of its chain
+            if (jump.table, jump.saved) not in installed.jumps:
+                tables[jump.table].rules.append(f"-I {jump.chain} {jump.rule}")
+        after: dict[ServicePortName, ServiceRules | None] = dict.fromkeys((*self._installed, *skipped))
+        return self._payload([tables["mangle"], *chunks, tables["filter"], tables["nat"]], {**after, **wanted})
+
+    def partial(self, names: Collection[ServicePortName] | None = None, *, clean_stale: bool = True) -> RestorePayload:
+        """Return what must change for these service ports, given that all accepted payloads are in place.
+
+        Args:
+            names: By default every service port whose rules are not in place.
+            clean_stale: Delete chains that are no longer used; if not, a later payload does.
+        """
+        tables = {"filter": _Block("filter"), "nat": _Block("nat")}
+        nat = tables["nat"]
+        after: dict[ServicePortName, ServiceRules | None] = {}
+        stale = set(self._stale)
+        lost: dict[str, list[str]] = {"filter": [], "nat": []}
+        gained: dict[str, list[str]] = {"filter": [], "nat": []}
+        for name in sorted(self._pending if names is None else names):
+            old, known = self._installed.get(name), self._known.get(name)
+            new = known.rules if known else None
+            if old is new:
+                continue
+            after[name] = new
+            old_chains, new_chains = (old.chains if old else {}), (new.chains if new else {})
+            for chain, own in new_chains.items():
+                if old_chains.get(chain) != own:
+                    nat.declared.append(chain)
+                    nat.rules += own
+            stale |= old_chains.keys() - new_chains.keys()
+            stale -= new_chains.keys()
+            for table, old_lines, new_lines in (
+                ("filter", old.filter_rules if old else (), new.filter_rules if new else ()),
+                ("nat", old.nat_dispatch if old else (), new.nat_dispatch if new else ()),
+            ):
+                if old_lines != new_lines:
+                    lost[table] += (Counter(old_lines) - Counter(new_lines)).elements()
+                    gained[table] += (Counter(new_lines) - Counter(old_lines)).elements()
+        for table, block in tables.items():
+            self._change_shared(block, lost[table], gained[table], after)
+        nat.deleted = sorted(stale) if clean_stale else []
+        return self._payload(list(tables.values()), after, kept_stale=frozenset() if clean_stale else frozenset(stale))
+
+    def accept(self, payload: RestorePayload) -> None:
+        """Take note that a payload of this renderer is in the kernel now."""
+        for name, rules in payload.after.items():
+            known = self._known.get(name)
+            (self._pending.discard if (known.rules if known else None) is rules else self._pending.add)(name)
+            old = self._installed.pop(name, None)
+            if rules is not None:
+                self._installed[name] = rules
+            if old is not rules:
+                for chain in {*(old.chains if old else ()), *(rules.chains if rules else ())}:
+                    self._prints.pop(("nat", chain), None)
+                    self._spelled.pop(("nat", chain), None)
+        self._stale = set(payload.kept_stale)
 
     def _payload(
         self,
-        rules: Mapping[ServicePortName, ServiceRules],
-        written: Collection[ServicePortName],
-        installed_chains: Collection[str],
-        installed: Installed | None,
+        blocks: Sequence[_Block],
+        after: Mapping[ServicePortName, ServiceRules | None],
+        kept_stale: frozenset[str] = frozenset(),
     ) -> RestorePayload:
-        used = frozenset(chain for entry in rules.values() for chain in entry.chains)
-        stale = sorted(set(installed_chains) - used)
-        missing = [] if installed is None else [j for j in JUMPS if (j.table, j.saved) not in installed.jumps]
-        canaries = set() if installed is None else set(CANARY_TABLES) - installed.canaries
-        filter_rules = [line for entry in rules.values() for line in entry.filter_rules]
-        filter_rules += self._fixed_filter_rules()
-        head, tail = self._fixed_nat_rules()
-        dispatch = [line for entry in rules.values() for line in entry.nat_dispatch]
-        shown = [entry for name, entry in rules.items() if name in written]
-        lines: list[str] = []
-        if "mangle" in canaries:
-            lines += ["*mangle", _declare(chains.CANARY), "COMMIT"]
-        lines.append("*filter")
-        lines += map(_declare, _FILTER_CHAINS)
-        lines += [_declare(chains.CANARY)] if "filter" in canaries else []
-        lines += filter_rules
-        # Jumps come after the rules they lead to, and each on top of its chain.
-        lines += [f"-I {jump.chain} {jump.rule}" for jump in missing if jump.table == "filter"]
-        lines += ["COMMIT", "*nat"]
-        lines += map(_declare, _NAT_CHAINS)
-        lines += [_declare(chains.CANARY)] if "nat" in canaries else []
-        lines += [_declare(chain) for entry in shown for chain in entry.chains]
-        lines += map(_declare, stale)  # flushed, so that it refers to nothing and can be deleted
-        lines += head
-        lines += dispatch
-        for entry in shown:
-            lines += entry.nat_rules
-        lines += tail
-        lines += [f"-I {jump.chain} {jump.rule}" for jump in missing if jump.table == "nat"]
-        lines += [f"-X {chain}" for chain in stale]
-        lines.append("COMMIT")
-        nat_count = len(head) + len(tail) + len(dispatch) + sum(len(entry.nat_rules) for entry in rules.values())
+        lines = [line for block in blocks for line in block.lines()]
+        written = {table: sum(len(b.rules) for b in blocks if b.table == table) for table in ("filter", "nat")}
         return RestorePayload(
-            text="\n".join(lines) + "\n",
-            chains=used,
-            rules={"filter": len(filter_rules), "nat": nat_count},
-            no_local_endpoints=(
-                sum(entry.no_local_endpoints[0] for entry in rules.values()),
-                sum(entry.no_local_endpoints[1] for entry in rules.values()),
-            ),
+            text="\n".join(lines) + "\n" if lines else "",
+            rules=dict(self._rules),
+            written=written,
+            no_local_endpoints=(self._no_local[0], self._no_local[1]),
+            after=after,
+            kept_stale=kept_stale,
         )
 
-    def _fixed_filter_rules(self) -> list[str]:
+    # -- shared chains ---------------------------------------------------------------------------------------------
+
+    def _add_shared(self, block: _Block, wanted: Mapping[ServicePortName, ServiceRules], installed: Installed) -> None:
+        """Write every shared chain that is not as it should be."""
+        for chain, lines in self._shared(block.table, wanted).items():
+            if not self._is_equal(block.table, chain, lines, installed):
+                block.declared.append(chain)
+                block.rules += lines
+
+    def _change_shared(
+        self,
+        block: _Block,
+        lost: Iterable[str],
+        gained: Iterable[str],
+        after: Mapping[ServicePortName, ServiceRules | None],
+    ) -> None:
+        """Take single lines out of shared chains and put others on top of them; their order is of no meaning."""
+        per_chain: dict[str, tuple[list[str], list[str]]] = {}
+        for index, lines in enumerate((lost, gained)):
+            for line in lines:
+                per_chain.setdefault(line.split(" ", 2)[1], ([], []))[index].append(line)
+        whole = {chain for chain, (out, _) in per_chain.items() if len(out) > _MOST_DELETIONS}
+        for chain, (out, into) in per_chain.items():
+            if chain not in whole:
+                block.rules += [f"-D{line[2:]}" for line in out]
+                block.rules += [f"-I{line[2:]}" for line in into]
+        if whole:
+            there = {name: rules for name, rules in {**self._installed, **after}.items() if rules is not None}
+            shared = self._shared(block.table, {name: there[name] for name in sorted(there)})
+            for chain in sorted(whole):
+                block.declared.append(chain)
+                block.rules += shared[chain]
+
+    def _shared(self, table: str, wanted: Mapping[ServicePortName, ServiceRules]) -> dict[str, list[str]]:
+        """Return the shared chains of a table: the lines of all service ports, then the fixed ones."""
+        found: dict[str, list[str]] = {chain: [] for chain in _SHARED[table]}
+        for rules in wanted.values():
+            for line in rules.filter_rules if table == "filter" else rules.nat_dispatch:
+                found[line.split(" ", 2)[1]].append(line)
+        for chain, lines in self._fixed(table).items():
+            found[chain] += lines
+        return found
+
+    def _fixed(self, table: str) -> dict[str, list[str]]:
+        return self._fixed_filter() if table == "filter" else self._fixed_nat()
+
+    def _fixed_filter(self) -> dict[str, list[str]]:
         mark = self.settings.mark
-        rules = []
+        firewall, forward = [], []
         if self.settings.localhost_node_ports:
             # route_localnet lets packets from outside reach 127.0.0.1; this takes that back (CVE-2020-8558).
-            rules.append(
+            firewall.append(
                 f'-A {chains.FIREWALL} -m comment --comment "block incoming localnet connections" -d 127.0.0.0/8 '
                 "! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
             )
         if self.settings.drops_invalid:
             # A packet conntrack cannot place would leave untranslated, with a pod's address (kubernetes issue 74839).
-            rules.append(f"-A {chains.FORWARD} -m conntrack --ctstate INVALID -j DROP")
-        rules.append(
+            forward.append(f"-A {chains.FORWARD} -m conntrack --ctstate INVALID -j DROP")
+        forward.append(
             f'-A {chains.FORWARD} -m comment --comment "kubernetes forwarding rules" -m mark --mark {mark}/{mark} -j ACCEPT'
         )
-        rules.append(
+        forward.append(
             f'-A {chains.FORWARD} -m comment --comment "kubernetes forwarding conntrack rule" '
             "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
         )
-        return rules
+        return {chains.FIREWALL: firewall, chains.FORWARD: forward}
 
-    def _fixed_nat_rules(self) -> tuple[list[str], list[str]]:
-        """Return the masquerading rules, and the last rules of KUBE-SERVICES."""
+    def _fixed_nat(self) -> dict[str, list[str]]:
         settings, mark = self.settings, self.settings.mark
-        head = [
+        postrouting = [
             f"-A {chains.POSTROUTING} -m mark ! --mark {mark}/{mark} -j RETURN",
             # Cleared at once, so that a packet that passes here again (through a tunnel, say) is not translated twice.
             f"-A {chains.POSTROUTING} -j MARK --xor-mark {mark}",
             f'-A {chains.POSTROUTING} -m comment --comment "kubernetes service traffic requiring SNAT" -j MASQUERADE'
             + (" --random-fully" if settings.random_fully else ""),
-            f"-A {chains.MARK_MASQ} -j MARK --or-mark {mark}",
         ]
         comment = f"-A {chains.SERVICES} -m comment --comment {_LAST_COMMENT}"
         if settings.node_port_ips is not None:
-            return head, [f"{comment} -d {address} -j {chains.NODE_PORTS}" for address in settings.node_port_ips]
-        loopback = "" if settings.localhost_node_ports else " ! -d 127.0.0.0/8"
-        return head, [f"{comment} -m addrtype --dst-type LOCAL{loopback} -j {chains.NODE_PORTS}"]
+            last = [f"{comment} -d {address} -j {chains.NODE_PORTS}" for address in settings.node_port_ips]
+        else:
+            loopback = "" if settings.localhost_node_ports else " ! -d 127.0.0.0/8"
+            last = [f"{comment} -m addrtype --dst-type LOCAL{loopback} -j {chains.NODE_PORTS}"]
+        return {
+            chains.POSTROUTING: postrouting,
+            chains.MARK_MASQ: [f"-A {chains.MARK_MASQ} -j MARK --or-mark {mark}"],
+            chains.SERVICES: last,
+        }
+
+    # -- comparing -------------------------------------------------------------------------------------------------
+
+    def find_damage(self, installed: Installed) -> str:
+        """Return in a few words what of the accepted payloads is not in the kernel as it was put there, or ''.
+
+        Upstream looks for its canary chain only, and so overlooks a flush that leaves chains in place (`iptables -F`).
+        """
+        tables = sorted(set(CANARY_TABLES) - installed.canaries)
+        if tables:
+            return f"the canary chain is gone from {', '.join(tables)}"
+        for jump in JUMPS:
+            if (jump.table, jump.saved) not in installed.jumps:
+                return f"a jump is gone from {jump.table}: {jump.saved}"
+        wanted: dict[_Place, Sequence[str]] = {}
+        for table in _SHARED:
+            wanted |= {(table, chain): lines for chain, lines in self._shared(table, self._installed).items()}
+        for rules in self._installed.values():
+            wanted |= {("nat", chain): own for chain, own in rules.chains.items()}
+        gone = sorted(chain for table, chain in wanted if (table, chain) not in installed.chains)
+        if gone:
+            return f"{len(gone)} chains are gone, for example {gone[0]}"
+        changed = sorted(place for place, lines in wanted.items() if not self._is_equal(*place, lines, installed))
+        if changed:
+            (table, chain), others = changed[0], len(changed) - 1
+            have, want = len(installed.chains[table, chain]), len(wanted[table, chain])
+            what = f"has {have} rules instead of {want}" if have != want else "has other rules"
+            return f"{chain} of {table} {what}" + (f", and {others} more chains" if others else "")
+        return ""
+
+    def learn_spelling(self, installed: Installed) -> None:
+        """Take chains that were just written, and are printed in another way than `saved_form` knows, as being right."""
+        for table in _SHARED:
+            for chain, lines in self._shared(table, self._installed).items():
+                self._learn(table, chain, lines, installed)
+        for rules in self._installed.values():
+            for chain, own in rules.chains.items():
+                self._learn("nat", chain, own, installed)
+
+    def _learn(self, table: str, chain: str, lines: Sequence[str], installed: Installed) -> None:
+        there = installed.chains.get((table, chain))
+        if there is not None and len(there) == len(lines) and not self._is_equal(table, chain, lines, installed):
+            self._spelled[table, chain] = _print_of(table, chain, there)
+
+    def _is_equal(self, table: str, chain: str, lines: Sequence[str], installed: Installed) -> bool:
+        there = installed.chains.get((table, chain))
+        if there is None or len(there) != len(lines):
+            return False
+        place = (table, chain)
+        is_shared = chain in _SHARED[table]
+        wanted = self._prints.get(place) if not is_shared else None
+        if wanted is None:
+            wanted = _print_of(table, chain, [saved_form(line) for line in lines])
+            if not is_shared:
+                self._prints[place] = wanted
+        return _print_of(table, chain, there) in (wanted, self._spelled.get(place))
+
+    def _is_in_place(self, rules: ServiceRules, installed: Installed) -> bool:
+        if not all(self._is_equal("nat", chain, own, installed) for chain, own in rules.chains.items()):
+            return False
+        shared = (("filter", rules.filter_rules), ("nat", rules.nat_dispatch))
+        return all(
+            saved_form(line) in installed.chains.get((table, line.split(" ", 2)[1]), ())
+            for table, lines in shared
+            for line in lines
+        )
 
 
-def _declare(chain: str) -> str:
-    return f":{chain} - [0:0]"  # declaring a chain empties it
+def _print_of(table: str, chain: str, lines: Sequence[str]) -> int:
+    """Return a hash of a chain's rules. Of those of different service ports in a shared chain the order does not count."""
+    if chain not in _SHARED[table]:
+        return hash(tuple(lines))
+    last = [line for line in lines if _LAST_COMMENT in line]
+    return hash((tuple(sorted(lines)), tuple(lines[len(lines) - len(last) :]) == tuple(last)))
+
+
+def _flat(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    return [line for lines in groups.values() for line in lines]
 
 
 def render_full(
-    state: ProxyState,
-    settings: IptablesSettings,
-    installed: Installed = NOTHING_INSTALLED,
+    state: ProxyState, settings: IptablesSettings, installed: Installed = NOTHING_INSTALLED
 ) -> RestorePayload:
     """Return the whole of what ``settings`` and ``state`` ask for, given what the node has already."""
-    return IptablesRenderer(settings).full(state, installed)
+    renderer = IptablesRenderer(settings)
+    renderer.update(state)
+    return renderer.full(installed)
+
+
+def render_cleanup(installed: Installed) -> str:
+    """Return the payload of ``kube-proxy --cleanup``.
+
+    As upstream's it leaves behind KUBE-MARK-MASQ, KUBE-PROXY-FIREWALL (to which nothing jumps any more), KUBE-FIREWALL
+    with its jumps (the kubelet's as well), and the canaries.
+    """
+    left = {("nat", chains.MARK_MASQ), ("filter", chains.PROXY_FIREWALL), ("filter", chains.FIREWALL)}
+    blocks = []
+    for table in ("filter", "nat"):
+        block = _Block(table)
+        block.rules = [
+            f"-D {jump.chain} {jump.rule}"
+            for jump in JUMPS
+            if jump.table == table
+            and (table, jump.saved) in installed.jumps
+            and chains.FIREWALL not in jump.rule.split()
+        ]
+        block.deleted = sorted(
+            chain for where, chain in installed.chains if where == table and (table, chain) not in left
+        )
+        blocks.append(block)
+    lines = [line for block in blocks for line in block.lines()]
+    return "\n".join(lines) + "\n" if lines else ""

@@ -6,15 +6,19 @@ rules, so a node must use one of them throughout.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
-from testbed.errors import CommandError, RulesRejected
+from testbed.errors import CommandError, LockHeld, RulesRejected
 from testbed.kernel.runner import Runner
 
 #: How long the holder of the xtables lock is waited for.
 LOCK_WAIT_S: Final = 5
+_LOCK_FILE: Final = "/run/xtables.lock"
 
 _CONTEXT_LINES: Final = 2
 
@@ -41,8 +45,9 @@ def detect_backend(runner: Runner, wanted: str = "") -> Backend:
 class Iptables:
     """One backend of iptables in one network namespace."""
 
-    def __init__(self, runner: Runner, backend: Backend) -> None:
+    def __init__(self, runner: Runner, backend: Backend, *, lock_file: str = _LOCK_FILE) -> None:
         self._runner = runner
+        self._lock_file = lock_file
         self.backend = backend
         # iptables-nft has no lock and warns about the option in newer releases
         self._wait = ["-w", str(LOCK_WAIT_S)] if backend is Backend.LEGACY else []
@@ -55,48 +60,69 @@ class Iptables:
         return self._runner.run([self._tool("save"), *(["-t", table] if table else [])])
 
     def apply(self, payload: str) -> None:
-        """Make one transaction per table of the payload; chains it does not declare stay as they are.
+        """Make one transaction per table of the payload; chains it does not declare stay as they are. '' does nothing.
 
         Raises:
             RulesRejected: the tool refused a line; names it, with its neighbours.
-            CommandError: the tool failed for another reason, such as the lock.
+            LockHeld: another process has held the lock for longer than `LOCK_WAIT_S`.
+            CommandError: the tool failed for another reason.
         """
+        if not payload:
+            return
         argv = [self._tool("restore"), *self._wait, "--noflush", "--counters"]
         try:
             self._runner.run(argv, stdin=payload)
         except CommandError as error:
-            line = refused_line(error.stderr)
-            if line is None:
+            if "xtables lock" in error.stderr:
+                raise LockHeld(f"{argv[0]} waited {LOCK_WAIT_S} s for the xtables lock, {self._holder()}") from error
+            lines = refused_lines(error.stderr)
+            if not lines:
                 raise
-            raise rejected(argv[0], payload, line, error.stderr) from error
+            raise rejected(argv[0], payload, lines, error.stderr) from error
+
+    def _holder(self) -> str:
+        """Say who holds the lock, as far as this process can see: proc(5), /proc/locks."""
+        path = self._lock_file
+        try:
+            inode = os.stat(path).st_ino
+            for line in Path("/proc/locks").read_text().splitlines():
+                fields = line.split()
+                if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+                    pid = fields[4]
+                    return f"{path}, which process {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()}) holds"
+        except (OSError, IndexError):
+            pass
+        return f"{path}, which another process holds"
 
 
-_REFUSALS = (re.compile(r"line (\d+) failed"), re.compile(r"Error occurred at line: (\d+)"))
+_REFUSALS = (
+    re.compile(r"line (\d+) failed"),
+    re.compile(r"Error occurred at line: (\d+)"),
+    re.compile(r"^line (\d+): \w+ failed", re.MULTILINE),
+)
 
 
-def refused_line(stderr: str) -> int | None:
-    """Return the number of the line that ``iptables-restore`` refused, counted from 1, or None.
+def refused_lines(stderr: str) -> tuple[int, ...]:
+    """Return the numbers of the lines that ``iptables-restore`` refused, counted from 1; none when it named none.
 
-    It complains in two forms::
+    It complains in three forms; the first names the line with COMMIT when it was the kernel that refused::
 
         iptables-restore: line 3 failed: No chain/target/match by that name.
         iptables-restore v1.8.9 (legacy): unknown option "--dprt"
         Error occurred at line: 3
+        line 3: RULE_APPEND failed (No such file or directory): rule in chain X
     """
-    for pattern in _REFUSALS:
-        match = pattern.search(stderr)
-        if match:
-            return int(match[1])
-    return None
+    return tuple(sorted({int(match[1]) for pattern in _REFUSALS for match in pattern.finditer(stderr)}))
 
 
-def rejected(tool: str, payload: str, number: int, stderr: str) -> RulesRejected:
-    """Return the error for a refused line, with the line and its neighbours."""
-    lines = payload.splitlines()
+def rejected(tool: str, payload: str, numbers: Sequence[int], stderr: str) -> RulesRejected:
+    """Return the error for refused lines, with the first one and its neighbours."""
+    lines, number = payload.splitlines(), numbers[0]
     first = max(0, number - 1 - _CONTEXT_LINES)
     context = [
         f"{'>' if index == number - 1 else ' '} {index + 1}: {line}"
         for index, line in enumerate(lines[first : number + _CONTEXT_LINES], start=first)
     ]
-    reason = next((line.strip() for line in stderr.splitlines() if line.strip()), "no reason given")
-    return RulesRejected(tool, number, context, reason)
+    # iptables-nft begins with a line that holds its name alone
+    told = [line.strip() for line in stderr.splitlines() if line.strip() and not line.rstrip().endswith("(nf_tables):")]
+    return RulesRejected(tool, number, context, told[0] if told else "no reason given", numbers)

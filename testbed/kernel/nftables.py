@@ -78,16 +78,17 @@ class Nftables:
         """Carry out all commands in one transaction, or none of them.
 
         Raises:
-            RulesRejected: nft or the kernel refused a line; names the first, with its neighbours.
+            RulesRejected: nft or the kernel refused lines; names the first, with its neighbours.
             CommandError: it failed for another reason.
         """
         try:
             self._runner.run(["nft", "-f", "-"], stdin=commands, timeout_s=_TIMEOUT_S)
         except CommandError as error:
-            refusal = _REFUSED.search(error.stderr)
-            if refusal is None:
+            refusals = _REFUSED.findall(error.stderr)
+            if not refusals:
                 raise
-            raise rejected("nft", commands, int(refusal[1]), refusal[2]) from error
+            numbers = sorted({int(number) for number, _ in refusals})
+            raise rejected("nft", commands, numbers, refusals[0][1]) from error
 
 
 def check_kernel(runner: Runner) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
@@ -36,16 +36,19 @@ class NftablesPayload:
     text: str  # '' when nothing had to be written
     commands: int
     no_local_endpoints: tuple[int, int]  # service ports without local endpoints: internal, external policy
-    rules: Mapping[str, int] = field(default_factory=dict)  # iptables tables: none
+    rules: Mapping[str, int] = field(default_factory=dict)  # of iptables' tables: none
+    written: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class NftablesSyncReport:
-    """What one sync did. ``refused`` names the service ports that the kernel would not have, with its reason."""
+    """What one sync did: whether it was a full one, what it sent, and the service ports that were refused, with the reason."""
 
     full: bool
     payload: NftablesPayload
     refused: Mapping[ServicePortName, str] = field(default_factory=dict)
+    #: The change alone could not be written, and a full sync had to follow.
+    partial_failed: bool = False
 
 
 class NftablesProxier:
@@ -106,11 +109,10 @@ class NftablesProxier:
             transaction = self._renderer.partial(state, changed, delete_at_once=self._deletes_at_once)
             try:
                 self._apply(transaction, self._generation)
-            except RulesRejected:
-                pass  # somebody else changed the table, or one service port is at fault: look
-            else:
-                self._full_due = False
-                return self._report(False, transaction, {})
+            except RulesRejected:  # somebody else changed the table, or one service port is at fault: look
+                return replace(self._sync_full(self._renderer, state), partial_failed=True)
+            self._full_due = False
+            return self._report(False, transaction, {})
         return self._sync_full(self._renderer, state)
 
     def _sync_full(self, renderer: NftablesRenderer, state: ProxyState) -> NftablesSyncReport:
@@ -128,10 +130,10 @@ class NftablesProxier:
             try:
                 self._apply(transaction, generation)
             except RulesRejected as error:
-                owner = transaction.owner_of(error.line_number)
-                if owner is None or len(refused) == _MOST_REFUSED:
+                owners = {transaction.owner_of(number) for number in error.line_numbers} - {None}
+                if not owners or len(refused) >= _MOST_REFUSED:
                     raise
-                refused[owner] = error.reason
+                refused |= {owner: error.reason for owner in owners if owner is not None}
             else:
                 break
         self._refused, self._full_due = refused, False

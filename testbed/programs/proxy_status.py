@@ -124,6 +124,11 @@ class ProxyMetrics:
         with self._lock:
             return self._values.get(name, {}).get(_labels(labels), 0)
 
+    def samples(self, name: str) -> int:
+        """Return how many values a histogram has seen."""
+        with self._lock:
+            return self._histograms[name].total if name in self._histograms else 0
+
     def render(self) -> str:
         """Return the text exposition format, sorted by name."""
         with self._lock:

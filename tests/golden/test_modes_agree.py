@@ -13,7 +13,7 @@ from proxy_support import node_object, state_of
 from random_cluster import random_objects
 from test_iptables_golden import CASES, read_case
 
-from testbed.dataplane.iptables import Installed, IptablesRenderer, make_settings
+from testbed.dataplane.iptables import make_settings, render_full
 from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings
 from testbed.dataplane.state import ProxyState
 from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
@@ -131,7 +131,7 @@ def fates(config: KubeProxyConfig, node: NodeView, state: ProxyState) -> tuple[C
     assert node.internal_ip is not None
     addresses = [IPv4Address(LOOPBACK), IPv4Address(SECOND_ADDRESS), node.internal_ip]
     here = Node(frozenset(addresses))
-    rules = parse_rules(IptablesRenderer(make_settings(config, node, addresses)).full(state, Installed()).text)
+    rules = parse_rules(render_full(state, make_settings(config, node, addresses)).text)
     # each mode has its own section for these
     options = NftablesOptions(
         masquerade_all=config.iptables.masquerade_all, masquerade_bit=config.iptables.masquerade_bit

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from proxy_support import NODE, endpoint, endpoint_slice, node_object, service, settings_of, state_of
+from proxy_support import NODE, FakeIptables, endpoint, endpoint_slice, node_object, service, settings_of, state_of
 
 from testbed.dataplane import chains
 from testbed.dataplane.changes import ChangeTracker
@@ -18,9 +19,9 @@ from testbed.dataplane.iptables import (
     JUMPS,
     Installed,
     IptablesRenderer,
-    missing_parts,
     parse_installed,
     render_full,
+    saved_form,
     split_evenly,
 )
 from testbed.model.service import ServicePortName, parse_address, parse_node
@@ -94,57 +95,142 @@ def test_first_payload_adds_jumps_so_that_they_end_in_upstreams_order() -> None:
     assert [line for line in again.text.splitlines() if line.startswith("-I")] == [f"-I INPUT {JUMPS[0].rule}"]
 
 
-def test_partial_payload_leaves_unchanged_chains_alone() -> None:
-    """Only the changed service port's chains are declared and written; every dispatch rule is."""
-    renderer = IptablesRenderer(settings_of())
-    state = state_of(SVC, SLICES)
-    full = renderer.full(state, Installed())
-    text = renderer.partial(state, {SVC1}, full.chains).text
-    changed, unchanged = chains.service_suffix(SVC1), chains.service_suffix(SVC2)
-    assert f":KUBE-SVC-{changed}" in text and f"-A KUBE-SVC-{changed}" in text
-    assert f":KUBE-SVC-{unchanged}" not in text and f"-A KUBE-SVC-{unchanged}" not in text
-    assert f"-j KUBE-SVC-{unchanged}" in text
-    assert "-I " not in text
+def tracked(services: list[Any], slices: list[Any]) -> tuple[ChangeTracker, IptablesRenderer]:
+    """Return a tracker of these objects, and a renderer that has put their rules in place."""
+    tracker, renderer = ChangeTracker(NODE), IptablesRenderer(settings_of())
+    tracker.replace_services(services)
+    tracker.replace_slices(slices)
+    renderer.update(tracker.take()[0])
+    renderer.accept(renderer.full(Installed()))
+    return tracker, renderer
+
+
+def test_partial_payload_has_what_changed_and_nothing_else() -> None:
+    """A new endpoint declares and writes the chains it changes; dispatch and other service ports are not mentioned."""
+    tracker, renderer = tracked(SVC, SLICES)
+    tracker.set_slice(endpoint_slice("svc1", endpoint("10.180.0.1"), endpoint("10.180.1.9", "node2")))
+    renderer.update(*tracker.take())
+    suffix = chains.service_suffix(SVC1)
+    old, new = (chains.endpoint_chain(SVC1, f"10.180.1.{n}:80") for n in (1, 9))
+    lines = renderer.partial().text.splitlines()
+    assert [line for line in lines if not line.startswith("-A")] == [
+        "*nat", f":KUBE-SVC-{suffix} - [0:0]", f":{new} - [0:0]", f":{old} - [0:0]", f"-X {old}", "COMMIT",
+    ]  # fmt: skip
+    assert {line.split()[1] for line in lines if line.startswith("-A")} == {f"KUBE-SVC-{suffix}", new}
+
+
+def test_a_new_service_is_put_on_top_and_an_old_one_taken_out() -> None:
+    """Of the shared chains, only the lines that come and go are written."""
+    tracker, renderer = tracked(SVC[:2], SLICES[:2])
+    tracker.delete_service("ns", "svc1")
+    tracker.set_service(SVC[2])
+    renderer.update(*tracker.take())
+    lines = renderer.partial().text.splitlines()
+    changes = [line for line in lines if line.startswith(("-I", "-D"))]
+    assert [line.split(" -m ")[0] for line in changes] == [
+        "-I KUBE-SERVICES", "-I KUBE-EXTERNAL-SERVICES",  # svc3 has no endpoints
+        "-D KUBE-SERVICES", "-D KUBE-NODEPORTS",
+    ]  # fmt: skip
+    assert all("svc1" in line for line in changes if line.startswith("-D"))
+    assert all("svc3" in line for line in changes if line.startswith("-I"))
+
+
+def test_many_removals_write_the_shared_chain_anew() -> None:
+    """iptables looks for each deleted line in the whole chain, so many at once are not deleted one by one."""
+    many = [service(f"s{n}", f"172.30.1.{n}") for n in range(1, 41)]
+    tracker, renderer = tracked(many, [])
+    for obj in many[:30]:
+        tracker.delete_service("ns", obj["metadata"]["name"])
+    renderer.update(*tracker.take())
+    lines = renderer.partial().text.splitlines()
+    assert not [line for line in lines if line.startswith("-D")]
+    assert ":KUBE-SERVICES - [0:0]" in lines
+    assert sum("has no endpoints" in line for line in lines) == 10
 
 
 def test_rules_of_unchanged_service_ports_are_kept() -> None:
-    """A change of one Service renders that one again and no other."""
-    tracker, renderer = ChangeTracker(NODE), IptablesRenderer(settings_of())
-    tracker.replace_services(SVC)
-    tracker.replace_slices(SLICES)
-    renderer.full(tracker.take()[0], Installed())
-    before = dict(renderer._cache)
-    tracker.set_service(SVC[1])  # the same content again
+    """A change of one Service renders that one again and no other; the same content again changes nothing."""
+    tracker, renderer = tracked(SVC, SLICES)
+    tracker.set_service(dict(SVC[1]))
     tracker.set_slice(endpoint_slice("svc1", endpoint("10.180.0.77")))
     state, changed = tracker.take()
     assert changed == {SVC1}
-    renderer.partial(state, changed, ())
-    assert [name for name in before if renderer._cache[name] is not before[name]] == [SVC1]
+    before = dict(renderer._known)
+    renderer.update(state, changed)
+    assert [name for name in before if renderer._known[name] is not before[name]] == [SVC1]
+    renderer.accept(renderer.partial())
+    assert renderer.partial().text == ""
+
+
+def test_unused_chains_may_wait() -> None:
+    """In a large cluster chains that are not used any more stay until a later payload deletes them."""
+    tracker, renderer = tracked(SVC, SLICES)
+    old = chains.endpoint_chain(SVC1, "10.180.0.1:80")
+    tracker.set_slice(endpoint_slice("svc1", endpoint("10.180.0.7")))
+    renderer.update(*tracker.take())
+    payload = renderer.partial(clean_stale=False)
+    assert "-X" not in payload.text
+    renderer.accept(payload)
+    assert f"-X {old}" in renderer.partial().text
+
+
+def test_many_service_ports_may_be_written_in_several_transactions() -> None:
+    """Each takes the chains of some service ports; jumps and dispatch come in the last; the rules are the same."""
+    renderer = IptablesRenderer(settings_of())
+    renderer.update(state_of(SVC, SLICES))
+    whole, parts = renderer.full(Installed()).text, renderer.full(Installed(), per_transaction=1).text
+    blocks = parts.split("COMMIT\n")[:-1]
+    assert [block.split("\n", 1)[0] for block in blocks] == ["*mangle", "*nat", "*nat", "*nat", "*filter", "*nat"]
+    assert "-I PREROUTING" in blocks[-1] and "-A KUBE-SERVICES" in blocks[-1]
+    assert ":KUBE-MARK-MASQ" in blocks[1]
+
+    def rules(text: str) -> list[str]:
+        return sorted(line for line in text.splitlines() if line.startswith("-"))
+
+    assert rules(whole) == rules(parts)
+
+
+@pytest.mark.parametrize(
+    ("written", "saved"),
+    [
+        ("-A C -s 0.0.0.0/0 -j T", "-A C -j T"),
+        ("-A C -m comment --comment plain -j T", "-A C -m comment --comment plain -j T"),
+        ("-A C -m comment --comment ns/x:p -s 10.0.0.1 -j T", '-A C -s 10.0.0.1/32 -m comment --comment "ns/x:p" -j T'),
+        ("-A C ! -i veth+ -j T", "-A C ! -i veth+ -j T"),
+        ("-A C -m mark ! --mark 0x00004000/0x00004000 -j RETURN", "-A C -m mark ! --mark 0x4000/0x4000 -j RETURN"),
+    ],
+)
+def test_saved_form(written: str, saved: str) -> None:
+    """What golden cases do not hold: rules as iptables-save prints them."""
+    assert saved_form(written) == saved
 
 
 def test_stale_chains_are_emptied_then_deleted() -> None:
     """A chain of ours that nothing uses is declared, and deleted at the end of the nat section, after its users changed."""
     stale = "KUBE-SVC-AAAAAAAAAAAAAAAA"
-    payload = render_full(state_of(SVC, SLICES), settings_of(), Installed(chains=frozenset({stale})))
+    payload = render_full(state_of(SVC, SLICES), settings_of(), Installed(chains={("nat", stale): ()}))
     lines = payload.text.splitlines()
     assert lines[-2:] == [f"-X {stale}", "COMMIT"]
     assert f":{stale} - [0:0]" in lines[lines.index("*nat") :]
-    assert stale not in payload.chains
+    assert f"-A {stale}" not in payload.text
 
 
 def test_chains_without_use_are_read_from_a_dump() -> None:
-    """Of a dump, only our service chains of nat, our canaries, our jumps and the number of our rules matter."""
+    """Of a dump, only our chains, our canaries and our jumps matter."""
     installed = parse_installed(
         "*mangle\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n"
-        "*filter\n:INPUT ACCEPT [5:300]\n:KUBE-SVC-IN-FILTER - [0:0]\n-A INPUT -j KUBE-FIREWALL\n"
+        "*filter\n:INPUT ACCEPT [5:300]\n:KUBE-SVC-IN-FILTER - [0:0]\n:KUBE-FORWARD - [0:0]\n-A INPUT -j KUBE-FIREWALL\n"
         "-A INPUT -j SOMEONE\n-A KUBE-FORWARD -j DROP\nCOMMIT\n"
         "*nat\n:KUBE-SVC-X - [0:0]\n:KUBE-SERVICES - [0:0]\n:DOCKER - [0:0]\nCOMMIT\n"
     )
     assert installed == Installed(
-        chains=frozenset({"KUBE-SVC-X"}),
+        chains={
+            ("filter", "KUBE-FORWARD"): ("-A KUBE-FORWARD -j DROP",),
+            ("nat", "KUBE-SVC-X"): (),
+            ("nat", "KUBE-SERVICES"): (),
+        },
         jumps=frozenset({("filter", "-A INPUT -j KUBE-FIREWALL")}),
         canaries=frozenset({"mangle"}),
-        rules={"filter": 1, "nat": 0},
     )
 
 
@@ -178,6 +264,9 @@ def test_node_cidr_detector_uses_the_nodes_own_range() -> None:
     assert "! -s 10.0.1.0/24 -j KUBE-MARK-MASQ" in text
 
 
+PLACE = ("nat", f"KUBE-SVC-{chains.service_suffix(SVC1)}")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -185,24 +274,36 @@ def test_node_cidr_detector_uses_the_nodes_own_range() -> None:
             lambda i: {"canaries": frozenset({"nat", "filter"})}, "the canary chain is gone from mangle", id="canary"
         ),
         pytest.param(lambda i: {"jumps": frozenset(list(i.jumps)[1:])}, "a jump is gone from", id="jump"),
-        pytest.param(lambda i: {"chains": frozenset()}, "chains are gone, for example KUBE-EXT-", id="chains"),
+        pytest.param(lambda i: {"chains": {}}, "22 chains are gone, for example KUBE-EXT-", id="chains"),
         pytest.param(
-            lambda i: {"rules": {**i.rules, "nat": 1}}, "nat has 1 rules in our chains instead of", id="rules"
+            lambda i: {"chains": {**i.chains, PLACE: ()}}, f"{PLACE[1]} of nat has 0 rules instead of 3", id="rules"
+        ),
+        pytest.param(
+            lambda i: {"chains": {**i.chains, PLACE: i.chains[PLACE][::-1]}}, f"{PLACE[1]} of nat has other rules", id="order"
         ),
         pytest.param(lambda i: {}, "", id="intact"),
     ],
-)
+)  # fmt: skip
 def test_damage_is_found(change: Any, words: str) -> None:
-    """What somebody else took away is named."""
-    payload = render_full(state_of(SVC, SLICES), settings_of())
-    fields = {
-        "chains": payload.chains,
-        "jumps": frozenset((jump.table, jump.saved) for jump in JUMPS),
-        "canaries": frozenset({"mangle", "nat", "filter"}),
-        "rules": dict(payload.rules),
-    }
-    found = missing_parts(Installed(**{**fields, **change(Installed(**fields))}), payload)
+    """What somebody else took away or changed is named."""
+    renderer = tracked(SVC, SLICES)[1]
+    tables = FakeIptables()
+    tables.run(["iptables-legacy-restore", "--noflush"], stdin=render_full(state_of(SVC, SLICES), settings_of()).text)
+    installed = parse_installed(tables.run(["iptables-legacy-save"]))
+    assert renderer.find_damage(installed) == ""
+    found = renderer.find_damage(replace(installed, **change(installed)))
     assert words in found and bool(found) == bool(words)
+
+
+def test_another_spelling_is_learned() -> None:
+    """Where tools print our rules in another way, that is damage once, and never again after it was repaired."""
+    renderer = tracked(SVC, SLICES)[1]
+    tables = FakeIptables()
+    tables.run(["iptables-legacy-restore", "--noflush"], stdin=render_full(state_of(SVC, SLICES), settings_of()).text)
+    installed = parse_installed(tables.run(["iptables-legacy-save"]).replace(" --random-fully", " --random-whole"))
+    assert renderer.find_damage(installed) == "KUBE-POSTROUTING of nat has other rules"
+    renderer.learn_spelling(installed)
+    assert renderer.find_damage(installed) == ""
 
 
 UDP = service("dns", "172.30.0.10", protocol="UDP", node_port=30053, externalIPs=["192.168.99.1"])
