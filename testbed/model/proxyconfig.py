@@ -106,6 +106,13 @@ class KubeProxyConfig:
     conntrack: ConntrackOptions = field(default_factory=ConntrackOptions)
     feature_gates: Mapping[str, bool] = field(default_factory=dict)
 
+    @property
+    def periods(self) -> IptablesOptions | IpvsOptions | NftablesOptions:
+        """The section of the mode in use, for its syncPeriod and minSyncPeriod."""
+        if self.mode == "nftables":
+            return self.nftables
+        return self.ipvs if self.mode == "ipvs" else self.iptables
+
 
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|us|µs|ns|m|s)")

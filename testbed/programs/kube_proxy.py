@@ -22,40 +22,49 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from testbed.dataplane.changes import ChangeTracker
 from testbed.dataplane.flows import stale_udp_flows
 from testbed.dataplane.health import HealthCheck, health_checks, render_health_check
-from testbed.dataplane.iptables import IptablesSettings, make_settings, needs_route_localnet
+from testbed.dataplane.iptables import needs_route_localnet
 from testbed.dataplane.state import ProxyState
-from testbed.errors import ApiError, InputError, KernelError, MissingFeature, TestbedError
+from testbed.errors import ApiError, InputError, KernelError, TestbedError
 from testbed.kernel.addresses import list_local_addresses
 from testbed.kernel.conntrack import delete_udp_flows
-from testbed.kernel.iptables import Iptables, detect_backend
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.kernel.sysctl import apply_sysctls
 from testbed.model.objects import Object, name_of, namespace_of
 from testbed.model.proxyconfig import KubeProxyConfig, parse_proxy_config
-from testbed.model.service import PROXIED_SELECTOR, NodeName, NodeView, parse_network, parse_node
+from testbed.model.service import PROXIED_SELECTOR, NodeName, NodeView, parse_network, parse_node, parse_service_cidr
 from testbed.programs.answers import Answer, Listener
-from testbed.programs.proxy_iptables import IptablesProxier
+from testbed.programs.proxy_modes import Proxier, clean_other_modes, make_mode_settings, make_proxier
 from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
 
 SERVICES: Final = "services"
 SLICES: Final = "endpointslices.discovery.k8s.io"
 NODES: Final = "nodes"
+SERVICE_CIDRS: Final = "servicecidrs.networking.k8s.io"
 
 #: A sync that writes everything happens at least this often, whatever the changes.
 FULL_SYNC_INTERVAL_S: Final = 3600.0
 _BURST: Final = 2
+_FAILURES: Final = {
+    "iptables": "sync_proxy_rules_iptables_restore_failures_total",
+    "nftables": "sync_proxy_rules_nftables_sync_failures_total",
+}
 _BACK_OFF_FIRST_S: Final = 0.05
 _BACK_OFF_LAST_S: Final = 5.0
 _WATCH_TIMEOUT_S: Final = 300.0
 #: After a repair: whoever flushes tables often does so one by one.
 _RECHECK_S: Final = 1.0
+
+
+def resources_of(mode: str) -> tuple[str, ...]:
+    """Return what a kube-proxy of this mode watches; nothing is written before each was listed once."""
+    return (SERVICES, SLICES, NODES, SERVICE_CIDRS) if mode == "nftables" else (SERVICES, SLICES, NODES)
 
 
 class Api(Protocol):
@@ -213,16 +222,6 @@ class Pace:
         self._at_s = now_s
 
 
-class Proxier(Protocol):
-    """One proxy mode's way of making a node's kernel equal to a state."""
-
-    def sync(self, state: ProxyState, changed: frozenset[Any], settings: IptablesSettings) -> Any: ...
-
-    def require_full(self) -> None: ...
-
-    def find_damage(self) -> str: ...
-
-
 class ProxyLoop:
     """Takes messages in, and syncs when something changed, the pace allows, and everything was listed once.
 
@@ -265,8 +264,9 @@ class ProxyLoop:
         self._on_health_checks = on_health_checks
         self._clock = clock
         self._tracker = ChangeTracker(config.hostname_override or node)
-        self._pace = Pace(config.iptables.min_sync_period_s)
-        self._not_listed = {SERVICES, SLICES, NODES}
+        self._pace = Pace(config.periods.min_sync_period_s)
+        self._not_listed = set(resources_of(config.mode))
+        self._service_cidrs: dict[str, tuple[IPv4Network, ...]] = {}
         self._wanted = False
         self._not_before_s = 0.0  # after a failure
         self._last_sync_s = 0.0
@@ -276,14 +276,14 @@ class ProxyLoop:
 
     def accept(self, message: Listed | Changed, now_s: float) -> None:
         """Take one message in; the kernel is not touched."""
-        before, was_waiting = self._node, bool(self._not_listed)
+        before, was_waiting = (self._node, self._all_service_cidrs()), bool(self._not_listed)
         if isinstance(message, Listed):
             self._accept_list(message)
         else:
             self._accept_change(message)
         if self._not_listed:
             return
-        if was_waiting or self._tracker.has_changes or self._node != before:
+        if was_waiting or self._tracker.has_changes or (self._node, self._all_service_cidrs()) != before:
             self._not_before_s = 0.0  # a new change is a new chance after a failure
             self._want(now_s)
 
@@ -293,6 +293,8 @@ class ProxyLoop:
             self._tracker.replace_services(message.objects)
         elif message.resource == SLICES:
             self._tracker.replace_slices(message.objects)
+        elif message.resource == SERVICE_CIDRS:
+            self._service_cidrs = {name_of(obj): parse_service_cidr(obj) for obj in message.objects}
         else:
             for obj in message.objects:
                 self._saw_node(obj)
@@ -307,8 +309,15 @@ class ProxyLoop:
             self._tracker.delete_slice(*name)
         elif message.resource == SLICES:
             self._tracker.set_slice(obj)
+        elif message.resource == SERVICE_CIDRS:
+            self._service_cidrs.pop(name_of(obj), None)
+            if not message.deleted:
+                self._service_cidrs[name_of(obj)] = parse_service_cidr(obj)
         elif not message.deleted:
             self._saw_node(obj)
+
+    def _all_service_cidrs(self) -> frozenset[IPv4Network]:
+        return frozenset(network for networks in self._service_cidrs.values() for network in networks)
 
     def _saw_node(self, obj: Object) -> None:
         if name_of(obj) == self._node.name:
@@ -349,7 +358,7 @@ class ProxyLoop:
 
     def _check(self, now_s: float) -> None:
         """Look whether our rules are still there; if not, have all of them written again."""
-        self._next_check_s = now_s + self.config.iptables.sync_period_s
+        self._next_check_s = now_s + self.config.periods.sync_period_s
         try:
             damage = self._proxier.find_damage()
         except KernelError as error:
@@ -357,7 +366,7 @@ class ProxyLoop:
             return
         if damage:
             self._log(f"somebody else changed our rules ({damage}); writing all of them again")
-            self._next_check_s = now_s + min(_RECHECK_S, self.config.iptables.sync_period_s)
+            self._next_check_s = now_s + min(_RECHECK_S, self.config.periods.sync_period_s)
             self._proxier.require_full()
             self._want(now_s)
 
@@ -367,14 +376,14 @@ class ProxyLoop:
         self._pending |= changed
         self._wanted = False
         addresses = tuple(self._local_addresses()) if self.config.node_port_addresses else ()
-        settings = make_settings(self.config, self._node, addresses)
+        settings = make_mode_settings(self.config, self._node, addresses, self._all_service_cidrs())
         try:
             report = self._proxier.sync(state, self._pending, settings)
         except KernelError as error:
-            self.metrics.count("sync_proxy_rules_iptables_restore_failures_total")
-            self._not_before_s = now_s + self.config.iptables.sync_period_s
+            self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
+            self._not_before_s = now_s + self.config.periods.sync_period_s
             self._wanted = True
-            self._log(f"sync failed, next try in {self.config.iptables.sync_period_s:g} s: {error}")
+            self._log(f"sync failed, next try in {self.config.periods.sync_period_s:g} s: {error}")
             return
         self._forget_flows(state)
         self._state, self._pending = state, frozenset()
@@ -382,7 +391,7 @@ class ProxyLoop:
         ended = self._clock()
         self._last_sync_s = now_s
         if self._next_check_s == 0:
-            self._next_check_s = now_s + self.config.iptables.sync_period_s
+            self._next_check_s = now_s + self.config.periods.sync_period_s
         self.health.updated(ended)
         self._measure(report, changed, started, ended)
 
@@ -511,24 +520,13 @@ def prepare_node(config: KubeProxyConfig, node: str, log: Callable[[str], None])
         "net/netfilter/nf_conntrack_udp_timeout_stream": conntrack.udp_stream_timeout_s,
     }
     settings = {name: f"{value:.0f}" for name, value in wanted.items() if value > 0}
-    if needs_route_localnet(config):
+    if config.mode != "nftables" and needs_route_localnet(config):
         settings["net/ipv4/conf/all/route_localnet"] = "1"
     for name, value in settings.items():
         try:
             apply_sysctls({name: value}, node)
         except KernelError as error:
             log(str(error))
-
-
-def make_proxier(config: KubeProxyConfig, runner: Runner, backend: str = "") -> Proxier:
-    """Return the applier of the configured mode.
-
-    Raises:
-        MissingFeature: this mode's tools are not installed, or the mode is not there.
-    """
-    if config.mode != "iptables":
-        raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use iptables")
-    return IptablesProxier(Iptables(runner, detect_backend(runner, backend)))
 
 
 def sync_once(
@@ -540,13 +538,14 @@ def sync_once(
     runner: Runner,
     backend: str = "",
     local_addresses: Iterable[IPv4Address] = (),
+    service_cidrs: Iterable[IPv4Network] = (),
 ) -> Any:
     """Program the runner's network namespace once for these objects and return the `SyncReport`."""
     tracker = ChangeTracker(config.hostname_override or node.name)
     tracker.replace_services(services)
     tracker.replace_slices(slices)
     state, changed = tracker.take()
-    settings = make_settings(config, node, tuple(local_addresses))
+    settings = make_mode_settings(config, node, tuple(local_addresses), tuple(service_cidrs))
     return make_proxier(config, runner, backend).sync(state, changed, settings)
 
 
@@ -624,8 +623,12 @@ def main(args: Mapping[str, Any]) -> int:
     except TestbedError as error:
         log(str(error))
         return error.exit_status
+    try:
+        clean_other_modes(config, runner, str(args.get("iptables_backend") or ""))
+    except KernelError as error:
+        log(f"removing what another mode left failed: {error}")
     prepare_node(config, node, log)
-    health, metrics = ProxyHealth(2 * config.iptables.sync_period_s), ProxyMetrics()
+    health, metrics = ProxyHealth(2 * config.periods.sync_period_s), ProxyMetrics()
     faces = Faces(health, metrics, config, log)
     faces.open_metrics()
     loop = ProxyLoop(
@@ -638,11 +641,9 @@ def main(args: Mapping[str, Any]) -> int:
         if args.get("ready_file"):
             Path(str(args["ready_file"])).write_text("synced\n")
 
-    for resource, labels, fields in (
-        (SERVICES, PROXIED_SELECTOR, ""),
-        (SLICES, PROXIED_SELECTOR, ""),
-        (NODES, "", f"metadata.name={node}"),
-    ):
+    selectors = {SERVICES: (PROXIED_SELECTOR, ""), SLICES: (PROXIED_SELECTOR, ""), NODES: ("", f"metadata.name={node}")}
+    for resource in resources_of(config.mode):
+        labels, fields = selectors.get(resource, ("", ""))
         api: Api = ApiClient(str(args["api_socket"]))
         watcher = Watcher(api, resource, messages.put, log, label_selector=labels, field_selector=fields)
         threading.Thread(target=watcher.run, name=f"watch-{resource}", daemon=True).start()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from testbed.dataplane import nft_names
@@ -15,13 +14,11 @@ from testbed.dataplane.nftables import (
     NftablesSettings,
     Transaction,
     delete_table,
-    make_nftables_settings,
 )
 from testbed.dataplane.state import ProxyState
 from testbed.errors import RulesRejected
 from testbed.kernel.nftables import Nftables
-from testbed.model.proxyconfig import KubeProxyConfig
-from testbed.model.service import NodeView, ServicePortName
+from testbed.model.service import ServicePortName
 
 #: Kernels before 6.2 see only a moment later that no map leads to a chain any more, and refuse to delete it until then.
 _STALE_CHAIN_S: Final = 1.0
@@ -70,7 +67,6 @@ class NftablesProxier:
         self._nftables = nftables
         self._deletes_at_once = deletes_at_once
         self._clock = clock
-        self.service_cidrs: tuple[IPv4Network, ...] = ()
         self._renderer: NftablesRenderer | None = None
         self._full_due = True
         self._refused: dict[ServicePortName, str] = {}
@@ -84,12 +80,6 @@ class NftablesProxier:
 
     def require_full(self) -> None:
         self._full_due = True
-
-    def make_settings(
-        self, config: KubeProxyConfig, node: NodeView, local_addresses: Collection[IPv4Address]
-    ) -> NftablesSettings:
-        """Return what `sync` takes for a node, with the ServiceCIDRs last told."""
-        return make_nftables_settings(config, node, local_addresses, self.service_cidrs)
 
     def sync(
         self, state: ProxyState, changed: frozenset[ServicePortName], settings: NftablesSettings
