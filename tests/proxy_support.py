@@ -134,16 +134,13 @@ class FakeIptables:
         self.tables: dict[str, dict[str, list[str]]] = {}
         self.calls: list[list[str]] = []
         self.payloads: list[str] = []
-        self.conntrack: list[list[str]] = []
+        self.refused = ""  # rules with this in them are refused when the table is committed
         self.failing: KernelError | None = None  # what every restore ends with
 
     def run(self, argv: Sequence[str], *, stdin: str = "", timeout_s: float = 60) -> str:
         self.calls.append(list(argv))
         if argv[0] == "iptables":
             return "iptables v1.8.9 (legacy)\n"
-        if argv[0] == "conntrack":
-            self.conntrack.append(list(argv))
-            raise CommandError(argv, 1, "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been deleted.\n")
         if argv[0] == "iptables-legacy-save":
             return self._save()
         assert argv[0] == "iptables-legacy-restore" and "--noflush" in argv, argv
@@ -173,7 +170,7 @@ class FakeIptables:
                 chain = line[1:].split()[0]
                 chains[chain] = chains[chain] if chain in self.BUILTIN[table] else []
             elif line == "COMMIT":
-                self._check(argv, number, chains)
+                self._check(argv, number, chains, self.refused)
                 self.tables[table] = chains
             else:
                 verb, chain, rule = [*line.split(" ", 2), ""][:3]
@@ -198,12 +195,13 @@ class FakeIptables:
                     chains[chain].insert(0 if verb == "-I" else len(chains[chain]), rule)
 
     @staticmethod
-    def _check(argv: Sequence[str], number: int, chains: Mapping[str, list[str]]) -> None:
+    def _check(argv: Sequence[str], number: int, chains: Mapping[str, list[str]], refused: str) -> None:
         known = {*chains, "ACCEPT", "DROP", "REJECT", "RETURN", "MARK", "MASQUERADE", "DNAT"}
         for rules in chains.values():
             for rule in rules:
                 words = shlex.split(rule)
-                if "-j" in words and words[words.index("-j") + 1] not in known:
+                unknown = "-j" in words and words[words.index("-j") + 1] not in known
+                if unknown or (refused and refused in rule):
                     raise CommandError(
                         argv, 1, f"iptables-restore: line {number} failed: No chain/target/match by that name."
                     )

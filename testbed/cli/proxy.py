@@ -21,7 +21,7 @@ from testbed.kernel.runner import SubprocessRunner
 from testbed.model.topology import PROXY_MODES
 from testbed.programs.kube_proxy import prepare_node, sync_once
 from testbed.programs.proxy_input import ProxyInput, read_proxy_input
-from testbed.programs.proxy_modes import MODES, clean_everything, clean_other_modes
+from testbed.programs.proxy_modes import MODES, clean_up_all, clean_up_other_modes
 
 _ENDS = {
     Verdict.DROP: "dropped: the client waits until its time is over",
@@ -61,7 +61,7 @@ def render(given: ProxyInput) -> str:
 def sync(given: ProxyInput, backend: str) -> int:
     """Program the network namespace of this process once; return 0, or 3 when a Service was refused."""
     runner = SubprocessRunner()
-    clean_other_modes(given.config, runner, backend)
+    clean_up_other_modes(given.config, runner, backend)
     prepare_node(given.config, given.node.name, lambda line: click.echo(f"warning: {line}", err=True))
     report = sync_once(
         given.config, given.node, given.services, given.slices, runner=runner, backend=backend,
@@ -78,7 +78,7 @@ def sync(given: ProxyInput, backend: str) -> int:
 
 def clean_up(backend: str) -> None:
     """Remove from the network namespace of this process what kube-proxy wrote, in any mode."""
-    clean_everything(SubprocessRunner(), backend)
+    clean_up_all(SubprocessRunner(), backend)
 
 
 _TARGET = re.compile(r"([\d.]+):(\d+)(?:/(tcp|udp|sctp))?")

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
-
 from testbed.errors import ApiError
+from testbed.model.events import event_namespace, make_event
 from testbed.model.objects import Object
 from testbed.registry import Registry
-
-_MAX_NAME = 253 - 17  # of the object: a dot and sixteen characters follow
-
-
-def event_name(obj: Object, kind: str, reason: str, message: str, component: str) -> str:
-    """Return ``NAME.`` and sixteen hexadecimal digits, the same for the same event.
-
-    Upstream puts the time there and finds repetitions in a cache; here the name itself finds them.
-    """
-    told = "\0".join((str(obj["metadata"].get("uid", "")), kind, reason, message, component))
-    return f"{obj['metadata']['name'][:_MAX_NAME]}.{blake2b(told.encode(), digest_size=8).hexdigest()}"
 
 
 def record_event(
@@ -39,42 +27,15 @@ def record_event(
         host: The node that the component works for.
         field_path: The part of the object: ``spec.containers{web}``.
     """
-    metadata = obj["metadata"]
-    namespace = metadata.get("namespace") or "default"  # of Nodes and the like, as upstream
-    name = event_name(obj, kind, reason, message + "\0" + field_path, component)
-    now = registry.now()
-    known = registry.store.get("events", namespace, name)
+    event = make_event(
+        obj, kind, reason, message, component, now=registry.now(), host=host, field_path=field_path
+    )  # fmt: skip
+    known = registry.store.get("events", event_namespace(obj), event["metadata"]["name"])
     try:
         if known is not None:
             count = int(known.get("count", 1)) + 1
-            registry.update("events", {**known, "count": count, "lastTimestamp": now})
-            return
-        involved = {
-            "kind": obj.get("kind", ""),
-            "apiVersion": obj.get("apiVersion", ""),
-            "name": metadata["name"],
-            "uid": metadata.get("uid", ""),
-            "resourceVersion": metadata.get("resourceVersion", ""),
-        }
-        if metadata.get("namespace"):
-            involved["namespace"] = metadata["namespace"]
-        if field_path:
-            involved["fieldPath"] = field_path
-        event = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": name, "namespace": namespace},
-            "involvedObject": involved,
-            "type": kind,
-            "reason": reason,
-            "message": message,
-            "source": {"component": component, **({"host": host} if host else {})},
-            "reportingComponent": component,
-            "reportingInstance": host,
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
-        registry.create("events", event)
+            registry.update("events", {**known, "count": count, "lastTimestamp": event["lastTimestamp"]})
+        else:
+            registry.create("events", event)
     except ApiError:
         return  # its namespace is going, or someone deleted it: telling must not fail what is told about

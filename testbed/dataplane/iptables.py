@@ -30,6 +30,7 @@ from testbed.dataplane.iptables_rules import (
     ServiceRules,
     make_settings,
     needs_route_localnet,
+    node_port_addresses,
     render_service,
     split_evenly,
 )
@@ -39,7 +40,8 @@ from testbed.model.service import Endpoint, ServicePort, ServicePortName
 
 __all__ = [
     "CANARY_TABLES", "JUMPS", "LARGE_CLUSTER_ENDPOINTS", "Installed", "IptablesRenderer", "IptablesSettings", "Jump",
-    "RestorePayload", "make_settings", "needs_route_localnet", "parse_installed", "render_cleanup", "render_full",
+    "RestorePayload", "make_settings", "needs_route_localnet", "node_port_addresses",
+    "parse_installed", "render_cleanup", "render_full",
     "render_service", "saved_form", "split_evenly",
 ]  # fmt: skip
 
@@ -358,10 +360,15 @@ class IptablesRenderer:
             del wanted[name]
         chunks: list[_Block] = [_Block("nat")]
         taken = 0
+        there = frozenset(installed.service_chains)
         for rules in wanted.values():
-            differing = [
-                (chain, own) for chain, own in rules.chains.items() if not self._is_equal("nat", chain, own, installed)
-            ]
+            differing = rules.chains.items()
+            if not there.isdisjoint(rules.chains):
+                differing = {
+                    chain: own
+                    for chain, own in rules.chains.items()
+                    if not self._is_equal("nat", chain, own, installed)
+                }.items()
             if not differing:
                 continue
             if per_transaction and taken == per_transaction:
@@ -381,8 +388,7 @@ class IptablesRenderer:
             tables["nat"].declared += chunks[0].declared
             tables["nat"].rules += chunks[0].rules
             chunks = []
-        used = {chain for rules in wanted.values() for chain in rules.chains}
-        tables["nat"].deleted = sorted(chain for chain in installed.service_chains if chain not in used)
+        tables["nat"].deleted = sorted(there.difference(*(rules.chains for rules in wanted.values()))) if there else []
         for table in CANARY_TABLES:
             if table not in installed.canaries:
                 tables[table].declared.append(chains.CANARY)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
 
 from testbed.dataplane import chains
@@ -74,7 +75,7 @@ def make_settings(
         masquerade_bit=options.masquerade_bit,
         # upstream switches the option off when no NodePort is to answer on the loopback
         localhost_node_ports=needs_route_localnet(config),
-        node_port_ips=_node_port_ips(config, own, local_addresses),
+        node_port_ips=node_port_addresses(config, own, local_addresses),
         drops_invalid=not config.conntrack.tcp_be_liberal,
         hints=HintPolicy(
             without_annotation=bool(gates.get("ServiceTrafficDistribution")),
@@ -83,9 +84,16 @@ def make_settings(
     )
 
 
-def _node_port_ips(
+def node_port_addresses(
     config: KubeProxyConfig, own: IPv4Address, local_addresses: Collection[IPv4Address]
 ) -> tuple[IPv4Address, ...] | None:
+    """Return the node's addresses on which NodePorts answer, sorted, or None when all do.
+
+    Args:
+        config: Its nodePortAddresses choose.
+        own: What ``primary`` stands for.
+        local_addresses: Every address of the node.
+    """
     wanted = _node_port_networks(config)
     if wanted is None or any(network.prefixlen == 0 for network in wanted):
         return None
@@ -137,6 +145,9 @@ class _Matches:
             self.is_not_pod = f" ! {option} {value}"
 
 
+_matches = lru_cache(maxsize=16)(_Matches)
+
+
 def render_service(
     service: ServicePort, choice: EndpointChoice, settings: IptablesSettings, *, large: bool = False
 ) -> ServiceRules:
@@ -157,7 +168,7 @@ def render_service(
     refusal = ("has no local endpoints", "DROP") if choice.has_any else ("has no endpoints", "REJECT")
     uses_external_chain = choice.has_any and service.is_externally_accessible
     uses_ranges_chain = choice.has_any and bool(service.load_balancer_ips) and bool(service.source_ranges)
-    matches = _Matches(settings.detector)
+    matches = _matches(settings.detector)
     filter_rules: list[str] = []
     dispatch: list[str] = []
     own: dict[str, list[str]] = {}
@@ -169,12 +180,13 @@ def render_service(
         filter_rules.append(f'-A {chain} -m comment --comment "{name} {refusal[0]}" {match} -j {refusal[1]}')
 
     # Dispatch: which destination leads to which chain.
+    to_cluster_ip = to(service.cluster_ip)
     if has_internal:
         dispatch.append(
-            f'-A {chains.SERVICES} -m comment --comment "{name} cluster IP" {to(service.cluster_ip)} -j {internal_target}'
+            f'-A {chains.SERVICES} -m comment --comment "{name} cluster IP" {to_cluster_ip} -j {internal_target}'
         )
     else:
-        refuse(chains.SERVICES, to(service.cluster_ip))
+        refuse(chains.SERVICES, to_cluster_ip)
     for address in service.external_ips:
         if choice.has_any:
             dispatch.append(
@@ -213,7 +225,7 @@ def render_service(
         source = None if settings.masquerade_all else matches.is_not_pod
         if source != "":
             own.setdefault(internal_target, []).append(
-                f'-A {internal_target} -m comment --comment "{name} cluster IP" {to(service.cluster_ip)}{source or ""} '
+                f'-A {internal_target} -m comment --comment "{name} cluster IP" {to_cluster_ip}{source or ""} '
                 f"-j {chains.MARK_MASQ}"
             )
     if uses_external_chain:
@@ -222,17 +234,23 @@ def render_service(
             own[external_chain].append(f"-A {external_chain} -j {external_target}")
     if uses_ranges_chain:
         own[ranges_chain] = [*_ranges_rules(service, ranges_chain, external_chain, settings.node_ip)]
-    if choice.cluster:
-        own.setdefault(cluster_chain, []).extend(_balancing_rules(service, cluster_chain, choice.cluster, large))
-    if choice.local:
-        own.setdefault(local_chain, []).extend(_balancing_rules(service, local_chain, choice.local, large))
-    for endpoint in choice.reachable:
-        endpoint_chain = chains.endpoint_chain(service.name, endpoint.text)
-        own[endpoint_chain] = [*_endpoint_rules(service, endpoint_chain, endpoint, large)]
+    texts = [endpoint.text for endpoint in choice.reachable]
+    targets = chains.endpoint_chains(service.name, texts)
+    if large:
+        comments = dict.fromkeys(texts, "")
+    else:
+        comments = {text: f' -m comment --comment "{name} -> {text}"' for text in texts}
+    for chain, endpoints in ((cluster_chain, choice.cluster), (local_chain, choice.local)):
+        if endpoints:
+            own[chain] = [*own.get(chain, ()), *_balancing_rules(service, chain, endpoints, targets, comments)]
+    comment = "" if large else f" -m comment --comment {name}"
+    found = {chain: tuple(rules) for chain, rules in own.items()}
+    for text, chain in targets.items():
+        found[chain] = _endpoint_rules(service, chain, text, comment)
     return ServiceRules(
         filter_rules=tuple(filter_rules),
         nat_dispatch=tuple(dispatch),
-        chains={chain: tuple(rules) for chain, rules in own.items()},
+        chains=found,
         no_local_endpoints=(
             choice.has_any and internal_local and not choice.local,
             choice.has_any and external_local and service.is_externally_accessible and not choice.local,
@@ -291,24 +309,36 @@ def split_evenly(n: int) -> list[str]:
     return [f"{1 / (n - i):.10f}" for i in range(n - 1)]
 
 
-def _balancing_rules(service: ServicePort, chain: str, endpoints: Sequence[Endpoint], large: bool) -> Iterable[str]:
-    targets = [chains.endpoint_chain(service.name, endpoint.text) for endpoint in endpoints]
-    comments = ["" if large else f' -m comment --comment "{service.name} -> {e.text}"' for e in endpoints]
+def _balancing_rules(
+    service: ServicePort,
+    chain: str,
+    endpoints: Sequence[Endpoint],
+    targets: Mapping[str, str],
+    comments: Mapping[str, str],
+) -> list[str]:
+    """Return the rules that choose among endpoints; ``targets`` and ``comments`` are by their texts."""
+    rules = []
     if service.affinity_timeout_s:
-        for target, comment in zip(targets, comments, strict=True):
-            yield (
-                f"-A {chain}{comment} -m recent --name {target} --rcheck --seconds {service.affinity_timeout_s} --reap "
-                f"-j {target}"
-            )
-    for target, comment, probability in zip(targets, comments, [*split_evenly(len(targets)), ""], strict=True):
-        match = f" -m statistic --mode random --probability {probability}" if probability else ""
-        yield f"-A {chain}{comment}{match} -j {target}"
+        rules = [
+            f"-A {chain}{comments[e.text]} -m recent --name {targets[e.text]} --rcheck "
+            f"--seconds {service.affinity_timeout_s} --reap -j {targets[e.text]}"
+            for e in endpoints
+        ]
+    *others, last = endpoints
+    for endpoint, probability in zip(others, split_evenly(len(endpoints)), strict=True):
+        text = endpoint.text
+        rules.append(
+            f"-A {chain}{comments[text]} -m statistic --mode random --probability {probability} -j {targets[text]}"
+        )
+    rules.append(f"-A {chain}{comments[last.text]} -j {targets[last.text]}")
+    return rules
 
 
-def _endpoint_rules(service: ServicePort, chain: str, endpoint: Endpoint, large: bool) -> Iterable[str]:
-    comment = "" if large else f" -m comment --comment {service.name}"
+def _endpoint_rules(service: ServicePort, chain: str, endpoint: str, comment: str) -> tuple[str, str]:
     protocol = service.protocol.tool_name
-    # Hairpin: a pod that reaches itself must see the node as its peer, or it would answer itself directly.
-    yield f"-A {chain}{comment} -s {endpoint.address} -j {chains.MARK_MASQ}"
     recent = f" -m recent --name {chain} --set" if service.affinity_timeout_s else ""
-    yield f"-A {chain}{comment}{recent} -m {protocol} -p {protocol} -j DNAT --to-destination {endpoint.text}"
+    return (
+        # Hairpin: a pod that reaches itself must see the node as its peer, or it would answer itself directly.
+        f"-A {chain}{comment} -s {endpoint.partition(':')[0]} -j {chains.MARK_MASQ}",
+        f"-A {chain}{comment}{recent} -m {protocol} -p {protocol} -j DNAT --to-destination {endpoint}",
+    )

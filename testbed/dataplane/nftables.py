@@ -635,10 +635,3 @@ def _can_become(listed: NftTable, wanted: NftTable) -> bool:
 def render_table(state: ProxyState, settings: NftablesSettings) -> str:
     """Return the commands that make the whole table on a node that has none."""
     return NftablesRenderer(settings).full(state, None).text
-
-
-def delete_table() -> str:
-    """Return the commands after which there is no table, whether or not there was one (kubernetes cleanup.go)."""
-    transaction = Transaction()
-    transaction.start_over()
-    return transaction.text

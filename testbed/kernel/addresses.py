@@ -1,4 +1,4 @@
-"""The IPv4 addresses of the network namespace this process is in."""
+"""The IPv4 addresses and the links of the network namespace this process is in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from ipaddress import IPv4Address
 _SIOCGIFCONF = 0x8912
 _IFREQ_BYTES = 40  # sizeof(struct ifreq) on 64-bit Linux
 _ADDRESS_OFFSET = 20  # 16 of name, then sockaddr_in: family, port, address
+
+
+def link_index(name: str) -> int:
+    """Return the index of a link, 0 when there is none of that name."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+def link_name(index: int) -> str:
+    """Return the name of a link, '' when there is none of that index."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
 
 
 def list_local_addresses() -> tuple[IPv4Address, ...]:

@@ -107,11 +107,20 @@ class KubeProxyConfig:
     feature_gates: Mapping[str, bool] = field(default_factory=dict)
 
     @property
-    def periods(self) -> IptablesOptions | IpvsOptions | NftablesOptions:
-        """The section of the mode in use, for its syncPeriod and minSyncPeriod."""
-        if self.mode == "nftables":
-            return self.nftables
-        return self.ipvs if self.mode == "ipvs" else self.iptables
+    def sync_period_s(self) -> float:
+        """How often the mode in use looks after its rules, and tries again what failed."""
+        return self._options.sync_period_s
+
+    @property
+    def min_sync_period_s(self) -> float:
+        """How much time lies between two syncs at least, in the mode in use."""
+        return self._options.min_sync_period_s
+
+    @property
+    def _options(self) -> IptablesOptions | IpvsOptions | NftablesOptions:
+        if self.mode == "ipvs":
+            return self.ipvs
+        return self.nftables if self.mode == "nftables" else self.iptables
 
 
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
-from typing import Any, NewType
+from ipaddress import IPv4Address, IPv4Network, NetmaskValueError
+from typing import Any, NamedTuple, NewType
 
 from testbed.model.objects import Object, labels_of, name_of, namespace_of
 
@@ -47,9 +47,11 @@ class TrafficPolicy(StrEnum):
     LOCAL = "Local"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ServicePortName:
-    """The key of a service port everywhere; its text is what comments, logs and errors show."""
+class ServicePortName(NamedTuple):
+    """The key of a service port everywhere; its text is what comments, logs and errors show.
+
+    A tuple, because ten thousand of them are sorted and looked up in every full sync.
+    """
 
     namespace: str
     name: str
@@ -134,19 +136,15 @@ def parse_address(text: object) -> IPv4Address | None:
 
     Leading zeros are read as decimal, because kube-proxy reads stored objects as Go's old parser did (ParseIPSloppy).
     """
-    if not isinstance(text, str):
+    parts = text.split(".") if isinstance(text, str) else ()
+    if len(parts) != 4:
         return None
-    try:
-        return IPv4Address(text)
-    except AddressValueError:
-        pass
-    parts = text.split(".")
-    if len(parts) != 4 or not all(part.isascii() and part.isdigit() for part in parts):
-        return None
-    try:
-        return IPv4Address(".".join(str(int(part)) for part in parts))
-    except AddressValueError:
-        return None
+    number = 0
+    for part in parts:
+        if not (part.isdigit() and part.isascii()) or int(part) > 255:
+            return None
+        number = number << 8 | int(part)
+    return IPv4Address(number)
 
 
 def parse_network(text: object) -> IPv4Network | None:
@@ -240,42 +238,58 @@ def service_of_slice(obj: Object) -> tuple[str, str] | None:
     return namespace_of(obj), service
 
 
-def parse_endpoint_slices(slices: Iterable[Object], node: str) -> dict[ServicePortName, tuple[Endpoint, ...]]:
-    """Return the endpoints of every service port named by the slices, as the node ``node`` sees them.
+SliceEndpoints = Mapping[ServicePortName, tuple[Endpoint, ...]]
 
-    The slices of a service are merged; of two endpoints with the same address and port, one on this node wins.
-    Each list is sorted by the text ``address:port`` (10.0.0.10:80 comes before 10.0.0.9:80).
+
+def parse_endpoint_slice(obj: Object, node: str) -> SliceEndpoints:
+    """Return the endpoints of each service port that one slice names, in its order, as the node ``node`` sees them."""
+    service = service_of_slice(obj)
+    if service is None:
+        return {}
+    found: dict[ServicePortName, tuple[Endpoint, ...]] = {}
+    for port in obj.get("ports") or ():
+        number = port.get("port")
+        if not number:
+            continue
+        # A port without a name is stored with the name "" (the API server's default), so that is what it means here.
+        name = ServicePortName(*service, port.get("name") or "", port.get("protocol") or "TCP")
+        parsed = (_parse_endpoint(raw, number, node) for raw in obj.get("endpoints") or ())
+        found[name] = (*found.get(name, ()), *(endpoint for endpoint in parsed if endpoint is not None))
+    return found
+
+
+def merge_endpoints(slices: Iterable[SliceEndpoints]) -> dict[ServicePortName, tuple[Endpoint, ...]]:
+    """Return the endpoints of every service port over all slices of a service.
+
+    Of two endpoints with the same address and port, one on this node wins. Each list is sorted by the text
+    ``address:port`` (10.0.0.10:80 comes before 10.0.0.9:80).
     """
     found: dict[ServicePortName, dict[str, Endpoint]] = {}
-    for obj in slices:
-        service = service_of_slice(obj)
-        if service is None:
-            continue
-        endpoints = obj.get("endpoints") or ()
-        for port in obj.get("ports") or ():
-            number = port.get("port")
-            if not number:
-                continue
-            # A port without a name is stored with the name "" (the API server's default), so that is what it means here.
-            name = ServicePortName(*service, port.get("name") or "", port.get("protocol") or "TCP")
+    for parsed in slices:
+        for name, endpoints in parsed.items():
             merged = found.setdefault(name, {})
-            for raw in endpoints:
-                endpoint = _parse_endpoint(raw, number, node)
-                if endpoint is None:
-                    continue
+            for endpoint in endpoints:
                 known = merged.get(endpoint.text)
                 if known is None or not known.is_local:
                     merged[endpoint.text] = endpoint
     return {name: tuple(merged[text] for text in sorted(merged)) for name, merged in found.items()}
 
 
+def parse_endpoint_slices(slices: Iterable[Object], node: str) -> dict[ServicePortName, tuple[Endpoint, ...]]:
+    """Return the endpoints of every service port named by the slices, as the node ``node`` sees them."""
+    return merge_endpoints(parse_endpoint_slice(obj, node) for obj in slices)
+
+
+_NO_HINTS: frozenset[str] = frozenset()
+
+
 def _parse_endpoint(raw: Mapping[str, Any], port: int, node: str) -> Endpoint | None:
-    addresses = raw.get("addresses") or ()
-    address = parse_address(addresses[0]) if addresses else None  # the API defines the others as meaning the same
+    addresses = raw.get("addresses") or ("",)
+    address = parse_address(addresses[0])  # the API defines the others as meaning the same
     if address is None:
         return None
     conditions = raw.get("conditions") or {}
-    hints = raw.get("hints") or {}
+    hints = raw.get("hints")
     node_name = raw.get("nodeName") or ""
     return Endpoint(
         address=address,
@@ -285,8 +299,9 @@ def _parse_endpoint(raw: Mapping[str, Any], port: int, node: str) -> Endpoint | 
         ready=conditions.get("ready") is not False,
         serving=conditions.get("serving") is not False,
         terminating=conditions.get("terminating") is True,
-        zone_hints=frozenset(zone["name"] for zone in hints.get("forZones") or ()),
-        node_hints=frozenset(hint["name"] for hint in hints.get("forNodes") or ()),
+        zone_hints=frozenset(zone["name"] for zone in hints.get("forZones") or ()) if hints else _NO_HINTS,
+        node_hints=frozenset(hint["name"] for hint in hints.get("forNodes") or ()) if hints else _NO_HINTS,
+        text=f"{str(address) if addresses[0][0] == '0' or '.0' in addresses[0] else addresses[0]}:{port}",
     )
 
 

@@ -11,11 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from testbed.errors import InputError
 from testbed.programs import client, echo
-
-API_SOCKET_VARIABLE = "TESTBED_API_SOCKET"
-#: Command-line flags of kube-proxy that stand for a field of its configuration.
-_PROXY_FLAGS = {"--proxy-mode": "mode", "--cluster-cidr": "clusterCIDR"}
 
 
 def run_builtin(name: str, args: Mapping[str, Any]) -> int:
@@ -35,40 +32,28 @@ def run_builtin(name: str, args: Mapping[str, Any]) -> int:
 
 
 def _run_kube_proxy(argv: Sequence[str]) -> int:
-    """Turn kube-proxy's command line and environment into what our kube-proxy takes."""
-    import yaml
-
+    """Run kube-proxy as its command line and environment say; what is wrong with them is one line."""
     from testbed.programs import kube_proxy
 
-    config: dict[str, Any] = {}
-    given: dict[str, Any] = {}
-    node = os.uname().nodename
-    words = iter(argv[1:])
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag == "--v" or flag == "-v":
-            continue
-        if not equals:
-            value = next(words, "")
-        if flag == "--config":
-            try:
-                with open(value, encoding="utf-8") as file:
-                    config = yaml.safe_load(file) or {}
-            except (OSError, yaml.YAMLError) as error:
-                sys.stderr.write(f"kube-proxy: cannot read {value}: {error}\n")
-                return 1
-        elif flag == "--hostname-override":
-            node = value
-        elif flag in _PROXY_FLAGS:
-            given[_PROXY_FLAGS[flag]] = value
-        else:
-            sys.stderr.write(f"kube-proxy: unknown flag: {flag}\n")
-            return 1
-    return kube_proxy.main(
-        {
-            "node_name": node,
-            "api_socket": os.environ.get(API_SOCKET_VARIABLE, ""),
-            "config": {**config, **given},
-            "lock_file": os.environ.get("XTABLES_LOCKFILE", ""),
-        }
-    )
+    try:
+        args = kube_proxy.parse_command(argv, os.environ, _read_proxy_config, os.uname().nodename)
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_status
+    return kube_proxy.main(args)
+
+
+def _read_proxy_config(path: str) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"kube-proxy cannot read --config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"kube-proxy cannot read --config {path}: {reason}") from error
+    if document is not None and not isinstance(document, dict):
+        raise InputError(f"kube-proxy cannot read --config {path}: it holds no mapping, but {type(document).__name__}")
+    return document or {}

@@ -14,34 +14,41 @@ Source: kubernetes cmd/kube-proxy/app/server.go, pkg/proxy/iptables/proxier.go (
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from testbed.dataplane.changes import ChangeTracker
-from testbed.dataplane.flows import stale_udp_flows
+from testbed.dataplane.flows import UdpFlow, concerns_udp, stale_udp_flows
 from testbed.dataplane.health import HealthCheck, health_checks, render_health_check
-from testbed.dataplane.iptables import needs_route_localnet
+from testbed.dataplane.iptables import needs_route_localnet, node_port_addresses
 from testbed.dataplane.state import ProxyState
-from testbed.errors import ApiError, InputError, KernelError, TestbedError
-from testbed.kernel.addresses import list_local_addresses
-from testbed.kernel.conntrack import delete_udp_flows
+from testbed.errors import ApiError, InputError, KernelError, LabError, TestbedError
+from testbed.kernel.addresses import link_index, link_name, list_local_addresses
+from testbed.kernel.conntrack import delete_udp_flows, list_udp_flows
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.kernel.sysctl import apply_sysctls
 from testbed.model.objects import Object, name_of, namespace_of
-from testbed.model.proxyconfig import KubeProxyConfig, parse_proxy_config
-from testbed.model.service import PROXIED_SELECTOR, NodeName, NodeView, parse_network, parse_node, parse_service_cidr
+from testbed.model.proxyconfig import DetectLocalMode, KubeProxyConfig, node_address, parse_proxy_config
+from testbed.model.service import PROXIED_SELECTOR, NodeName, NodeView, parse_node, parse_service_cidr
 from testbed.programs.answers import Answer, Listener
-from testbed.programs.proxy_modes import Proxier, clean_other_modes, make_mode_settings, make_proxier
+from testbed.programs.proxy_command import parse_command
+from testbed.programs.proxy_events import Events
+from testbed.programs.proxy_modes import Proxier, clean_up_all, clean_up_other_modes, make_proxier
 from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
+
+__all__ = ["ProxyLoop", "Watcher", "main", "make_proxier", "parse_command", "sync_once"]
 
 SERVICES: Final = "services"
 SLICES: Final = "endpointslices.discovery.k8s.io"
@@ -50,6 +57,10 @@ SERVICE_CIDRS: Final = "servicecidrs.networking.k8s.io"
 
 #: A sync that writes everything happens at least this often, whatever the changes.
 FULL_SYNC_INTERVAL_S: Final = 3600.0
+_CHANGES_TOTAL: Final = {
+    SERVICES: "sync_proxy_rules_service_changes_total",
+    SLICES: "sync_proxy_rules_endpoint_changes_total",
+}
 _BURST: Final = 2
 _FAILURES: Final = {
     "iptables": "sync_proxy_rules_iptables_restore_failures_total",
@@ -222,6 +233,42 @@ class Pace:
         self._at_s = now_s
 
 
+class Flows(Protocol):
+    """The node's connection tracking; `KernelFlows` is the real one."""
+
+    def list(self) -> Iterable[UdpFlow]: ...
+
+    def delete(self, flows: Iterable[UdpFlow]) -> int: ...
+
+
+class KernelFlows:
+    """Connection tracking of the network namespace this process is in."""
+
+    def list(self) -> Iterable[UdpFlow]:
+        return list_udp_flows()
+
+    def delete(self, flows: Iterable[UdpFlow]) -> int:
+        return delete_udp_flows(flows)
+
+
+class Links(Protocol):
+    """Links by name and index; `KernelLinks` is the real one."""
+
+    def index(self, name: str) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+
+class KernelLinks:
+    """Links of the network namespace this process is in."""
+
+    def index(self, name: str) -> int:
+        return link_index(name)
+
+    def name(self, index: int) -> str:
+        return link_name(index)
+
+
 class ProxyLoop:
     """Takes messages in, and syncs when something changed, the pace allows, and everything was listed once.
 
@@ -231,10 +278,13 @@ class ProxyLoop:
         config: The node's configuration.
         node: Name of the node; its Node object is used once it appears.
         proxier: Applies states.
-        runner: For conntrack(8).
-        local_addresses: Returns the node's addresses; asked only when NodePorts are limited to some.
+        flows: The node's connection tracking.
+        links: The node's links; asked only when pods are told by a bridge.
+        local_addresses: Returns the node's addresses; asked only when NodePorts are limited to some, or UDP flows may be
+            stale.
         health, metrics: Told of every sync.
         log: Called with one line per thing worth knowing.
+        tell: Writes an event about an object: its kind (Normal, Warning), reason, message.
         on_health_checks: Called after every sync with the health-check node ports to answer on.
         clock: Measures how long a sync took.
     """
@@ -244,35 +294,45 @@ class ProxyLoop:
         config: KubeProxyConfig,
         node: str,
         proxier: Proxier,
-        runner: Runner,
         *,
         health: ProxyHealth,
         metrics: ProxyMetrics,
+        flows: Flows,
+        links: Links,
+        tell: Callable[[Object, str, str, str], None] = lambda obj, kind, reason, message: None,
         local_addresses: Callable[[], Iterable[IPv4Address]] = list_local_addresses,
         log: Callable[[str], None] = lambda line: None,
-        on_health_checks: Callable[[tuple[HealthCheck, ...]], None] = lambda checks: None,
+        on_health_checks: Callable[[tuple[HealthCheck, ...], NodeView], None] = lambda checks, node: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
         self.health = health
         self.metrics = metrics
+        self.has_synced = False
         self._node = NodeView(name=NodeName(node))
+        self.node_object: Object = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}
         self._proxier = proxier
-        self._runner = runner
+        self._flows = flows
+        self._links = links
+        self._tell = tell
+        self._bridge = _Bridge(config.bridge_interface)
         self._local_addresses = local_addresses
         self._log = log
         self._on_health_checks = on_health_checks
         self._clock = clock
         self._tracker = ChangeTracker(config.hostname_override or node)
-        self._pace = Pace(config.periods.min_sync_period_s)
+        self._pace = Pace(config.min_sync_period_s)
         self._not_listed = set(resources_of(config.mode))
         self._service_cidrs: dict[str, tuple[IPv4Network, ...]] = {}
         self._wanted = False
         self._not_before_s = 0.0  # after a failure
         self._last_sync_s = 0.0
         self._next_check_s = 0.0
+        self._period_s = config.sync_period_s
         self._state = ProxyState(services={}, endpoints={})
         self._pending: frozenset[Any] = frozenset()
+        self._refused: Mapping[Any, str] = {}
+        self._triggers_s: list[float] = []
 
     def accept(self, message: Listed | Changed, now_s: float) -> None:
         """Take one message in; the kernel is not touched."""
@@ -301,6 +361,8 @@ class ProxyLoop:
 
     def _accept_change(self, message: Changed) -> None:
         obj, name = message.object, (namespace_of(message.object), name_of(message.object))
+        if message.resource in _CHANGES_TOTAL:
+            self.metrics.count(_CHANGES_TOTAL[message.resource])
         if message.resource == SERVICES and message.deleted:
             self._tracker.delete_service(*name)
         elif message.resource == SERVICES:
@@ -321,6 +383,7 @@ class ProxyLoop:
 
     def _saw_node(self, obj: Object) -> None:
         if name_of(obj) == self._node.name:
+            self.node_object = {"apiVersion": "v1", "kind": "Node", **obj}
             self._node = parse_node(obj)
             self.health.saw_node(self._node)
 
@@ -339,7 +402,7 @@ class ProxyLoop:
         due = [max(0.0, self._last_sync_s + FULL_SYNC_INTERVAL_S - now_s)]
         if self._wanted:
             due.append(max(self._pace.wait_s(now_s), self._not_before_s - now_s, 0.0))
-        if self.health.is_synced:
+        if self.has_synced:
             due.append(max(0.0, self._next_check_s - now_s))
         return min(due)
 
@@ -347,10 +410,10 @@ class ProxyLoop:
         """Do what is due now: check what is installed, and sync."""
         if self._not_listed:
             return
-        if self.health.is_synced and now_s >= self._next_check_s:
+        if self.has_synced and now_s >= self._next_check_s:
             self._check(now_s)
         overdue = now_s >= self._last_sync_s + FULL_SYNC_INTERVAL_S
-        if overdue and not self._wanted and self.health.is_synced:
+        if overdue and not self._wanted and self.has_synced:
             self._proxier.require_full()
         if (self._wanted or overdue) and now_s >= self._not_before_s and self._pace.wait_s(now_s) <= 0:
             self._pace.take(now_s)
@@ -358,7 +421,9 @@ class ProxyLoop:
 
     def _check(self, now_s: float) -> None:
         """Look whether our rules are still there; if not, have all of them written again."""
-        self._next_check_s = now_s + self.config.periods.sync_period_s
+        self._next_check_s = now_s + self._period_s
+        if self._bridge.look(self.config, self._links) and self._bridge.now != self._bridge.used:
+            self._want(now_s)
         try:
             damage = self._proxier.find_damage()
         except KernelError as error:
@@ -366,7 +431,11 @@ class ProxyLoop:
             return
         if damage:
             self._log(f"somebody else changed our rules ({damage}); writing all of them again")
-            self._next_check_s = now_s + min(_RECHECK_S, self.config.periods.sync_period_s)
+            self._tell(
+                self.node_object, "Warning", "ProxyRulesChanged",
+                f"somebody else changed kube-proxy's rules: {damage}; they are being restored",
+            )  # fmt: skip
+            self._next_check_s = now_s + min(_RECHECK_S, self._period_s)
             self._proxier.require_full()
             self._want(now_s)
 
@@ -375,34 +444,82 @@ class ProxyLoop:
         state, changed = self._tracker.take()
         self._pending |= changed
         self._wanted = False
+        self._triggers_s += filter(None, map(_seconds_of, self._tracker.take_trigger_times()))
         addresses = tuple(self._local_addresses()) if self.config.node_port_addresses else ()
-        settings = make_mode_settings(self.config, self._node, addresses, self._all_service_cidrs())
+        cidrs = self._all_service_cidrs()
+        settings = self._proxier.make_settings(self._present_config(), self._node, addresses, cidrs)
         try:
             report = self._proxier.sync(state, self._pending, settings)
         except KernelError as error:
             self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
-            self._not_before_s = now_s + self.config.periods.sync_period_s
-            self._wanted = True
-            self._log(f"sync failed, next try in {self.config.periods.sync_period_s:g} s: {error}")
+            self._retry_later(now_s)
+            self._log(f"sync failed, next try in {self._period_s:g} s: {error}")
+            self._tell(self.node_object, "Warning", "ProxySyncFailed", f"could not write the proxy's rules: {error}")
             return
         self._forget_flows(state)
         self._state, self._pending = state, frozenset()
-        self._on_health_checks(health_checks(state))
+        self._on_health_checks(health_checks(state), self._node)
         ended = self._clock()
         self._last_sync_s = now_s
+        self.has_synced = True
         if self._next_check_s == 0:
-            self._next_check_s = now_s + self.config.periods.sync_period_s
-        self.health.updated(ended)
-        self._measure(report, changed, started, ended)
+            self._next_check_s = now_s + self._period_s
+        self._note_refused(report.refused, now_s)
+        if not report.refused:
+            self.health.updated(ended)
+        self._measure(report, started, ended)
+
+    def _retry_later(self, now_s: float) -> None:
+        self._not_before_s = now_s + self._period_s
+        self._want(now_s)
+
+    def _present_config(self) -> KubeProxyConfig:
+        """Return the configuration, with the bridge that tells pods under the name that it has now."""
+        if not self._bridge.look(self.config, self._links):
+            return self.config
+        used, self._bridge.used = self._bridge.used, self._bridge.now
+        if self._bridge.now != used:
+            wanted, now = self.config.bridge_interface, self._bridge.now
+            if now == wanted:
+                message = f"the bridge {wanted} has its name back"
+            else:
+                message = f"the bridge {wanted} is called {now} now: rules that tell pods by it say {now}"
+            self._log(message)
+            self._tell(self.node_object, "Warning", "BridgeRenamed", message)
+        return replace(self.config, bridge_interface=self._bridge.now)
+
+    def _note_refused(self, refused: Mapping[Any, str], now_s: float) -> None:
+        for name, reason in refused.items():
+            if self._refused.get(name) == reason:
+                continue
+            self._log(f"the rules of Service {name} are refused ({reason}); all others are in place")
+            obj = self._tracker.service(name.namespace, name.name)
+            if obj is not None:
+                self._tell(
+                    {"apiVersion": "v1", "kind": "Service", **obj}, "Warning", "ProxyRulesRefused",
+                    f"node {self._node.name} cannot program port {name}: {reason}; trying again every {self._period_s:g} s",
+                )  # fmt: skip
+        self._refused = dict(refused)
+        self.health.refused(map(str, refused))
+        if refused:
+            self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
+            self._retry_later(now_s)
 
     def _forget_flows(self, state: ProxyState) -> None:
-        for flows in stale_udp_flows(self._state, state, self._pending):
-            try:
-                delete_udp_flows(self._runner, destination=flows.destination, port=flows.port, endpoint=flows.endpoint)
-            except KernelError as error:
-                self._log(f"forgetting UDP flows failed: {error}")
+        if not concerns_udp(self._pending):
+            return
+        started = self._clock()
+        deleted = [
+            old for name in self._pending if name not in state.services and (old := self._state.services.get(name))
+        ]
+        try:
+            stale = stale_udp_flows(self._flows.list(), state, deleted, tuple(self._local_addresses()))
+            self.metrics.count("conntrack_reconciler_deleted_entries_total", self._flows.delete(stale) if stale else 0)
+        except KernelError as error:
+            self._log(f"forgetting UDP flows failed: {error}")
+        self.metrics.observe("conntrack_reconciler_sync_duration_seconds", self._clock() - started)
 
-    def _measure(self, report: Any, changed: frozenset[Any], started_s: float, ended_s: float) -> None:
+    def _measure(self, report: Any, started_s: float, ended_s: float) -> None:
         metrics, took_s = self.metrics, ended_s - started_s
         kind = "full" if report.full else "partial"
         metrics.observe("sync_proxy_rules_duration_seconds", took_s)
@@ -410,22 +527,58 @@ class ProxyLoop:
         metrics.set("sync_proxy_rules_last_timestamp_seconds", ended_s)
         metrics.set("sync_proxy_rules_service_changes_pending", 0)
         metrics.set("sync_proxy_rules_endpoint_changes_pending", 0)
-        metrics.count("sync_proxy_rules_endpoint_changes_total", len(changed))
+        for trigger_s in self._triggers_s:
+            metrics.observe("network_programming_duration_seconds", max(0.0, ended_s - trigger_s))
+        self._triggers_s.clear()
         for table, rules in report.payload.rules.items():
             metrics.set("sync_proxy_rules_iptables_total", rules, table=table)
+        for table, rules in report.payload.written.items():
+            metrics.set("sync_proxy_rules_iptables_last", rules, table=table)
+        metrics.count("sync_proxy_rules_iptables_partial_restore_failures_total", int(report.partial_failed))
         for policy, count in zip(("internal", "external"), report.payload.no_local_endpoints, strict=True):
             metrics.set("sync_proxy_rules_no_local_endpoints_total", count, traffic_policy=policy)
+
+
+def _seconds_of(moment: str) -> float | None:
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except ValueError:
+        return None
+
+
+class _Bridge:
+    """Follows the link that detectLocal.bridgeInterface names when somebody renames it."""
+
+    def __init__(self, wanted: str) -> None:
+        self._index = 0
+        self.used = self.now = wanted
+
+    def look(self, config: KubeProxyConfig, links: Links) -> bool:
+        """Find out the bridge's present name; say whether one is told pods by at all."""
+        wanted = config.bridge_interface
+        if config.detect_local_mode is not DetectLocalMode.BRIDGE_INTERFACE or not wanted:
+            return False
+        index = links.index(wanted)
+        self._index = index or self._index
+        self.now = wanted if index or not self._index else links.name(self._index) or wanted
+        return True
 
 
 class Faces:
     """The HTTP listeners of one kube-proxy: health, metrics, and one per health-check node port."""
 
     def __init__(
-        self, health: ProxyHealth, metrics: ProxyMetrics, config: KubeProxyConfig, log: Callable[[str], None]
+        self,
+        health: ProxyHealth,
+        metrics: ProxyMetrics,
+        config: KubeProxyConfig,
+        log: Callable[[str], None],
+        document: Mapping[str, Any] | None = None,
     ) -> None:
         self._health = health
         self._metrics = metrics
         self._config = config
+        self._document = document
         self._log = log
         self._checks: dict[tuple[str, str], HealthCheck] = {}
         self._listeners: dict[tuple[str, int], Listener] = {}
@@ -470,12 +623,14 @@ class Faces:
             return Answer(200, self._config.mode)
         if path == "/healthz":
             return Answer(200, "ok")
+        if path == "/configz":
+            return Answer(200, json.dumps({"kubeproxy.config.k8s.io": self._document}), "application/json")
         return Answer(404, "404 page not found\n")
 
-    def show_health_checks(self, checks: Iterable[HealthCheck]) -> None:
+    def show_health_checks(self, checks: Iterable[HealthCheck], node: NodeView) -> None:
         """Listen on exactly the ports of these checks and answer with their counts."""
         self._checks = {(check.namespace, check.name): check for check in checks}
-        hosts = self._health_check_hosts()
+        hosts = self._health_check_hosts(node) if self._checks else []
         wanted = {(host, check.port): owner for owner, check in self._checks.items() for host in hosts}
         for address in self._listeners.keys() - wanted.keys():
             self._listeners.pop(address).close()
@@ -488,11 +643,9 @@ class Faces:
                         f"service {owner[0]}/{owner[1]}: cannot listen on {address[0]}:{address[1]}: {error.strerror}"
                     )
 
-    def _health_check_hosts(self) -> list[str]:
-        networks = [network for network in map(parse_network, self._config.node_port_addresses) if network is not None]
-        if not networks or any(network.prefixlen == 0 for network in networks):
-            return ["0.0.0.0"]
-        return [str(a) for a in list_local_addresses() if any(a in network for network in networks)]
+    def _health_check_hosts(self, node: NodeView) -> list[str]:
+        addresses = node_port_addresses(self._config, node_address(self._config, node), list_local_addresses())
+        return ["0.0.0.0"] if addresses is None else [str(address) for address in addresses]
 
     def _answer_check(self, owner: tuple[str, str]) -> Callable[[str], Answer]:
         def answer(path: str) -> Answer:
@@ -529,6 +682,14 @@ def prepare_node(config: KubeProxyConfig, node: str, log: Callable[[str], None])
             log(str(error))
 
 
+def is_tcp_liberal() -> bool:
+    """Say whether conntrack takes packets outside of its window: then those it cannot place must not be dropped."""
+    try:
+        return Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal").read_text().strip() != "0"
+    except OSError:
+        return False
+
+
 def sync_once(
     config: KubeProxyConfig,
     node: NodeView,
@@ -545,65 +706,31 @@ def sync_once(
     tracker.replace_services(services)
     tracker.replace_slices(slices)
     state, changed = tracker.take()
-    settings = make_mode_settings(config, node, tuple(local_addresses), tuple(service_cidrs))
-    return make_proxier(config, runner, backend).sync(state, changed, settings)
+    proxier = make_proxier(config, runner, backend)
+    return proxier.sync(
+        state, changed, proxier.make_settings(config, node, tuple(local_addresses), tuple(service_cidrs))
+    )
 
 
-def parse_command(
-    argv: Sequence[str], env: Mapping[str, str], read_config: Callable[[str], Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return the arguments of `main` for a container's command line and environment.
-
-    Known: ``--config=FILE``, ``--hostname-override=NAME``, ``--proxy-mode=MODE``, ``--cluster-cidr=CIDR``, each also as two
-    words. As upstream's, other flags than the first two are ignored when there is a ``--config``.
-
-    Args:
-        argv: The command with its arguments.
-        env: NODE_NAME, TESTBED_API_SOCKET, XTABLES_LOCKFILE, TESTBED_IPTABLES_BACKEND, TESTBED_READY_FILE.
-        read_config: Returns the decoded KubeProxyConfiguration of a file.
-
-    Raises:
-        InputError: no node name or API socket is given.
-    """
-    flags: dict[str, str] = {}
-    words = list(argv[1:])
-    while words:
-        name, equals, value = words.pop(0).lstrip("-").partition("=")
-        if not equals and words and not words[0].startswith("-"):
-            value = words.pop(0)
-        flags[name] = value
-    config = dict(read_config(flags["config"])) if "config" in flags else {}
-    if "config" not in flags:
-        config |= {key: flags[flag] for flag, key in _FLAG_FIELDS.items() if flag in flags}
-    node = flags.get("hostname-override") or config.get("hostnameOverride") or env.get("NODE_NAME")
-    if not node or not env.get("TESTBED_API_SOCKET"):
-        raise InputError("kube-proxy needs --hostname-override or NODE_NAME, and TESTBED_API_SOCKET")
-    return {
-        "node_name": node,
-        "api_socket": env["TESTBED_API_SOCKET"],
-        "config": config,
-        "lock_file": env.get("XTABLES_LOCKFILE"),
-        "iptables_backend": env.get("TESTBED_IPTABLES_BACKEND"),
-        "ready_file": env.get("TESTBED_READY_FILE"),
-    }
-
-
-_FLAG_FIELDS = {"proxy-mode": "mode", "cluster-cidr": "clusterCIDR", "healthz-bind-address": "healthzBindAddress"}
+def collect_garbage_seldom() -> None:
+    """Have this process look for cycles seldom: Services and rules have none, and looking doubles the time of a full sync."""
+    gc.set_threshold(200_000, 20, 100)
 
 
 def main(args: Mapping[str, Any]) -> int:
     """Run until SIGTERM and return the exit status: 0, or 2 and 3 when it could not start.
 
-    Args (keys of ``args``):
+    Args (keys of ``args``; `testbed.programs.proxy_command.parse_command` makes them):
         node_name, api_socket: Which node this is, and where the API listens.
         config: A KubeProxyConfiguration as decoded from YAML; may be absent.
         lock_file: XTABLES_LOCKFILE of this node; may be absent.
-        iptables_backend: ``legacy`` or ``nft``; absent: what ``iptables`` is on this machine.
+        iptables_backend: ``legacy`` or ``nft``; absent: what the node uses.
         ready_file: Written once, when the first sync is in the kernel; may be absent.
+        cleanup: Remove all rules of kube-proxy and end. Needs no node and no API.
+        init_only: Set what needs privileges, and end.
     """
-    from testbed.api.client import ApiClient
-
-    node = str(args["node_name"])
+    node = str(args.get("node_name") or "")
+    collect_garbage_seldom()
 
     def log(line: str) -> None:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} kube-proxy {node}: {line}\n")
@@ -616,39 +743,63 @@ def main(args: Mapping[str, Any]) -> int:
     try:
         config, problems = parse_proxy_config(args.get("config") or {})
         if problems:
-            raise InputError("; ".join(str(problem) for problem in problems))
+            raise InputError("its configuration is wrong: " + "; ".join(str(problem) for problem in problems))
         env = {"XTABLES_LOCKFILE": str(args["lock_file"])} if args.get("lock_file") else {}
         runner = SubprocessRunner({**env, "PATH": os.environ.get("PATH", "") or "/usr/sbin:/usr/bin:/sbin:/bin"})
-        proxier = make_proxier(config, runner, str(args.get("iptables_backend") or ""))
+        backend, lock_file = str(args.get("iptables_backend") or ""), str(args.get("lock_file") or "")
+        if args.get("cleanup"):
+            clean_up_all(runner, backend)
+            return 0
+        if not args.get("init_only") and not os.path.exists(str(args["api_socket"])):
+            raise LabError(f"there is no API at {args['api_socket']} (TESTBED_API_SOCKET)")
+        proxier = make_proxier(config, runner, backend, lock_file=lock_file)
+        clean_up_other_modes(config, runner, backend)
     except TestbedError as error:
         log(str(error))
         return error.exit_status
-    try:
-        clean_other_modes(config, runner, str(args.get("iptables_backend") or ""))
-    except KernelError as error:
-        log(f"removing what another mode left failed: {error}")
     prepare_node(config, node, log)
-    health, metrics = ProxyHealth(2 * config.periods.sync_period_s), ProxyMetrics()
-    faces = Faces(health, metrics, config, log)
+    if args.get("init_only"):
+        return 0
+    if is_tcp_liberal():
+        config = replace(config, conntrack=replace(config.conntrack, tcp_be_liberal=True))
+    _run_on_node(config, node, proxier, args, messages, log)
+    return 0
+
+
+def _run_on_node(
+    config: KubeProxyConfig,
+    node: str,
+    proxier: Proxier,
+    args: Mapping[str, Any],
+    messages: queue.SimpleQueue[Message],
+    log: Callable[[str], None],
+) -> None:
+    from testbed.api.client import ApiClient
+
+    socket_path = str(args["api_socket"])
+    health, metrics = ProxyHealth(2 * config.sync_period_s), ProxyMetrics()
+    faces = Faces(health, metrics, config, log, args.get("config") or {})
     faces.open_metrics()
+    events = Events(ApiClient(socket_path), node, log)
     loop = ProxyLoop(
-        config, node, proxier, runner,
-        health=health, metrics=metrics, log=log, on_health_checks=faces.show_health_checks,
+        config, node, proxier,
+        health=health, metrics=metrics, flows=KernelFlows(), links=KernelLinks(), log=log, tell=events.tell,
+        on_health_checks=faces.show_health_checks,
     )  # fmt: skip
 
     def on_first_sync() -> None:
         faces.open_health()
+        events.tell(loop.node_object, "Normal", "Starting", "")
         if args.get("ready_file"):
             Path(str(args["ready_file"])).write_text("synced\n")
 
     selectors = {SERVICES: (PROXIED_SELECTOR, ""), SLICES: (PROXIED_SELECTOR, ""), NODES: ("", f"metadata.name={node}")}
     for resource in resources_of(config.mode):
         labels, fields = selectors.get(resource, ("", ""))
-        api: Api = ApiClient(str(args["api_socket"]))
+        api: Api = ApiClient(socket_path)
         watcher = Watcher(api, resource, messages.put, log, label_selector=labels, field_selector=fields)
         threading.Thread(target=watcher.run, name=f"watch-{resource}", daemon=True).start()
     run(loop, messages, on_first_sync)
-    return 0
 
 
 def run(loop: ProxyLoop, messages: queue.SimpleQueue[Message], on_first_sync: Callable[[], None]) -> None:
@@ -663,6 +814,6 @@ def run(loop: ProxyLoop, messages: queue.SimpleQueue[Message], on_first_sync: Ca
                 loop.accept(message, time.time())
                 message = messages.get_nowait()
         loop.step(time.time())
-        if not announced and loop.health.is_synced:
+        if not announced and loop.has_synced:
             announced = True
             on_first_sync()

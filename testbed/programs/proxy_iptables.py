@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
 
 from testbed.dataplane.iptables import (
     IptablesRenderer,
     IptablesSettings,
     RestorePayload,
+    make_settings,
     parse_installed,
     render_cleanup,
 )
 from testbed.dataplane.state import ProxyState
 from testbed.errors import CommandError, RulesRejected
 from testbed.kernel.iptables import Backend, Iptables
-from testbed.model.service import ServicePortName
+from testbed.model.proxyconfig import KubeProxyConfig
+from testbed.model.service import NodeView, ServicePortName
 
 #: iptables-nft 1.8.9 takes quadratic time for the chains of one transaction (docs/adr/0005-iptables-restore.md).
 _PER_TRANSACTION: Mapping[Backend, int] = {Backend.NFT: 100, Backend.LEGACY: 0}
@@ -59,6 +62,16 @@ class IptablesProxier:
         self._full_due = True
         self._is_repair = False
         self._refused: dict[ServicePortName, str] = {}
+
+    def make_settings(
+        self,
+        config: KubeProxyConfig,
+        node: NodeView,
+        local_addresses: Collection[IPv4Address],
+        service_cidrs: Collection[IPv4Network] = (),
+    ) -> IptablesSettings:
+        """Return what `sync` takes for a node; ServiceCIDRs have no part in this mode."""
+        return make_settings(config, node, local_addresses)
 
     @property
     def is_full_due(self) -> bool:

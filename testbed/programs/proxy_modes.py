@@ -1,4 +1,4 @@
-"""What differs between kube-proxy's modes, as far as its main loop is concerned: settings, periods, appliers, leftovers."""
+"""What differs between kube-proxy's modes, as far as its main loop is concerned: appliers, leftovers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Protocol
 
 from testbed.dataplane import nft_names
-from testbed.dataplane.iptables import make_settings
-from testbed.dataplane.nftables import make_nftables_settings
 from testbed.dataplane.state import ProxyState
 from testbed.errors import MissingFeature
 from testbed.kernel.iptables import Iptables, detect_backend
@@ -18,13 +16,21 @@ from testbed.kernel.runner import Runner
 from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import NodeView
 from testbed.programs.proxy_iptables import IptablesProxier, clean_up
-from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_table
+from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_tables
 
 MODES = ("iptables", "nftables")
 
 
 class Proxier(Protocol):
     """One proxy mode's way of making a node's kernel equal to a state."""
+
+    def make_settings(
+        self,
+        config: KubeProxyConfig,
+        node: NodeView,
+        local_addresses: Collection[IPv4Address],
+        service_cidrs: Collection[IPv4Network] = (),
+    ) -> Any: ...
 
     def sync(self, state: ProxyState, changed: frozenset[Any], settings: Any) -> Any: ...
 
@@ -33,13 +39,16 @@ class Proxier(Protocol):
     def find_damage(self) -> str: ...
 
 
-def make_proxier(config: KubeProxyConfig, runner: Runner, backend: str = "", *, own_namespace: bool = True) -> Proxier:
+def make_proxier(
+    config: KubeProxyConfig, runner: Runner, backend: str = "", *, lock_file: str = "", own_namespace: bool = True
+) -> Proxier:
     """Return the applier of the configured mode.
 
     Args:
         config: Says which mode.
         runner: Runs tools in the node's network namespace.
-        backend: ``legacy`` or ``nft``; '' is what ``iptables`` is on this machine. For iptables mode.
+        backend: For iptables mode: ``legacy`` or ``nft``; '' is what the node uses.
+        lock_file: For iptables mode: where the xtables lock is, when not where it usually is.
         own_namespace: This process is in that namespace, too.
 
     Raises:
@@ -47,67 +56,45 @@ def make_proxier(config: KubeProxyConfig, runner: Runner, backend: str = "", *, 
         KernelError: the kernel does not have what the mode needs.
     """
     if config.mode == "iptables":
-        return IptablesProxier(Iptables(runner, detect_backend(runner, backend)))
+        tools = Iptables(runner, detect_backend(runner, backend), **({"lock_file": lock_file} if lock_file else {}))
+        return IptablesProxier(tools, clean_every_s=config.sync_period_s)
     if config.mode == "nftables":
         check_kernel(runner)
-        table = nftables_table(runner, own_namespace=own_namespace)
+        generation: Callable[[], int | None] = read_generation if own_namespace else lambda: None
+        table = Nftables(runner, nft_names.FAMILY, nft_names.TABLE, generation=generation)
         return NftablesProxier(table, deletes_at_once=deletes_at_once(os.uname().release))
     raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use {' or '.join(MODES)}")
 
 
-def nftables_table(runner: Runner, *, own_namespace: bool = True) -> Nftables:
-    """Return the table ``ip kube-proxy`` of the runner's network namespace."""
-    generation: Callable[[], int | None] = read_generation if own_namespace else lambda: None
-    return Nftables(runner, nft_names.FAMILY, nft_names.TABLE, generation=generation)
+def clean_up_other_modes(config: KubeProxyConfig, runner: Runner, backend: str = "") -> None:
+    """Remove what another mode left that is certainly not in use.
 
-
-def make_mode_settings(
-    config: KubeProxyConfig,
-    node: NodeView,
-    local_addresses: Collection[IPv4Address],
-    service_cidrs: Collection[IPv4Network] = (),
-) -> Any:
-    """Return what the configured mode's `Proxier.sync` takes beside the state."""
-    if config.mode == "nftables":
-        return make_nftables_settings(config, node, local_addresses, service_cidrs)
-    return make_settings(config, node, local_addresses)
-
-
-def clean_other_modes(config: KubeProxyConfig, runner: Runner, backend: str = "") -> None:
-    """Remove what a kube-proxy of another mode left behind, if that mode surely no longer runs here.
-
-    As upstream: nftables mode removes what iptables mode wrote, the others remove the nftables table.
+    nftables mode removes what iptables mode wrote, the others the nftables tables. iptables and ipvs share chains, and
+    leave each other's.
 
     Raises:
         KernelError: a tool refused.
     """
     if config.mode == "nftables":
-        _clean_iptables(runner, backend)
+        _clean_up_iptables(runner, backend)
     else:
-        _clean_nftables(runner)
+        remove_tables(runner)
 
 
-def clean_everything(runner: Runner, backend: str = "") -> None:
-    """Remove what kube-proxy wrote in any mode, as ``kube-proxy --cleanup`` does.
+def clean_up_all(runner: Runner, backend: str = "") -> None:
+    """Do what ``kube-proxy --cleanup`` does, for every mode.
 
     Raises:
         KernelError: a tool refused.
     """
-    _clean_iptables(runner, backend)
-    _clean_nftables(runner)
+    _clean_up_iptables(runner, backend)
+    remove_tables(runner)
 
 
-def _clean_iptables(runner: Runner, backend: str) -> None:
+def _clean_up_iptables(runner: Runner, backend: str) -> None:
     try:
         iptables = Iptables(runner, detect_backend(runner, backend))
+        if "KUBE-" in iptables.save():
+            clean_up(iptables)
     except MissingFeature:
         return  # then nobody wrote anything with it
-    if "KUBE-" in iptables.save():
-        clean_up(iptables)
-
-
-def _clean_nftables(runner: Runner) -> None:
-    try:
-        remove_table(nftables_table(runner))
-    except MissingFeature:
-        return

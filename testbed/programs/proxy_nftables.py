@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
 from testbed.dataplane import nft_names
@@ -13,12 +15,14 @@ from testbed.dataplane.nftables import (
     NftablesRenderer,
     NftablesSettings,
     Transaction,
-    delete_table,
+    make_nftables_settings,
 )
 from testbed.dataplane.state import ProxyState
-from testbed.errors import RulesRejected
+from testbed.errors import MissingFeature, RulesRejected
 from testbed.kernel.nftables import Nftables
-from testbed.model.service import ServicePortName
+from testbed.kernel.runner import Runner
+from testbed.model.proxyconfig import KubeProxyConfig
+from testbed.model.service import NodeView, ServicePortName
 
 #: Kernels before 6.2 see only a moment later that no map leads to a chain any more, and refuse to delete it until then.
 _STALE_CHAIN_S: Final = 1.0
@@ -80,6 +84,16 @@ class NftablesProxier:
 
     def require_full(self) -> None:
         self._full_due = True
+
+    def make_settings(
+        self,
+        config: KubeProxyConfig,
+        node: NodeView,
+        local_addresses: Collection[IPv4Address],
+        service_cidrs: Collection[IPv4Network] = (),
+    ) -> NftablesSettings:
+        """Return what `sync` takes for a node."""
+        return make_nftables_settings(config, node, local_addresses, service_cidrs)
 
     def sync(
         self, state: ProxyState, changed: frozenset[ServicePortName], settings: NftablesSettings
@@ -185,12 +199,17 @@ class NftablesProxier:
         return damage
 
 
-def remove_table(nftables: Nftables) -> bool:
-    """Delete the table if it is there, and say whether it was."""
-    if nftables.list() is None:
-        return False
-    nftables.apply(delete_table())
-    return True
+def remove_tables(runner: Runner) -> None:
+    """Delete the tables of nftables mode. Without nft there are none.
+
+    Raises:
+        KernelError: nft refused.
+    """
+    tables = [(family, nft_names.TABLE) for family in ("ip", "ip6")]
+    # Adding what may be there already makes the deletion succeed either way.
+    text = "".join(f"{verb} table {family} {name}\n" for family, name in tables for verb in ("add", "delete"))
+    with contextlib.suppress(MissingFeature):
+        runner.run(["nft", "-f", "-"], stdin=text)
 
 
 def deletes_at_once(release: str) -> bool:

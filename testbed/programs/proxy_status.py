@@ -5,8 +5,9 @@ Source: kubernetes pkg/proxy/healthcheck/proxier_health.go, pkg/proxy/metrics/me
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -14,6 +15,9 @@ from testbed.model.service import NodeView
 
 _AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 _BUCKETS_S = tuple(0.001 * 2**k for k in range(15))
+_BUCKETS_OF: Mapping[str, Sequence[float]] = {
+    "network_programming_duration_seconds": (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
+}
 
 
 class ProxyHealth:
@@ -25,6 +29,7 @@ class ProxyHealth:
         self._queued_s: float | None = None
         self._updated_s = 0.0
         self._eligible = True
+        self._refused: tuple[str, ...] = ()
 
     def queued(self, now_s: float) -> None:
         with self._lock:
@@ -35,6 +40,11 @@ class ProxyHealth:
         with self._lock:
             self._queued_s, self._updated_s = None, now_s
 
+    def refused(self, names: Iterable[str]) -> None:
+        """Take note of the service ports whose rules the kernel does not take. While there are any, they wait for a sync."""
+        with self._lock:
+            self._refused = tuple(names)
+
     def saw_node(self, node: NodeView) -> None:
         with self._lock:
             self._eligible = not node.is_deleting and _AUTOSCALER_TAINT not in node.taints
@@ -42,11 +52,6 @@ class ProxyHealth:
     def is_healthy(self, now_s: float) -> bool:
         with self._lock:
             return self._queued_s is None or now_s - self._queued_s < self._timeout_s
-
-    @property
-    def is_synced(self) -> bool:
-        with self._lock:
-            return self._updated_s > 0
 
     def healthz(self, now_s: float) -> tuple[int, str]:
         """Return status and body of /healthz, which also asks whether the node is to receive traffic."""
@@ -62,7 +67,9 @@ class ProxyHealth:
         with self._lock:
             updated = self._updated_s
         updated = now_s if self.is_healthy(now_s) else updated
-        return f'"lastUpdated": "{_go_time(updated)}","currentTime": "{_go_time(now_s)}"'
+        text = f'"lastUpdated": "{_go_time(updated)}","currentTime": "{_go_time(now_s)}"'
+        with self._lock:
+            return f'{text}, "refused": {json.dumps(self._refused)}' if self._refused else text
 
 
 def _go_time(now_s: float) -> str:
@@ -72,20 +79,24 @@ def _go_time(now_s: float) -> str:
 
 @dataclass
 class Histogram:
-    counts: list[int] = field(default_factory=lambda: [0] * len(_BUCKETS_S))
+    bounds_s: Sequence[float] = _BUCKETS_S
+    counts: list[int] = field(default_factory=list)
     total: int = 0
     sum_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * len(self.bounds_s)
 
     def observe(self, value_s: float) -> None:
         self.total += 1
         self.sum_s += value_s
-        for index, bound in enumerate(_BUCKETS_S):
+        for index, bound in enumerate(self.bounds_s):
             self.counts[index] += value_s <= bound
 
     def render(self, name: str) -> list[str]:
         lines = [f"# TYPE {name} histogram"]
         lines += [
-            f'{name}_bucket{{le="{bound:g}"}} {count}' for bound, count in zip(_BUCKETS_S, self.counts, strict=True)
+            f'{name}_bucket{{le="{bound:g}"}} {count}' for bound, count in zip(self.bounds_s, self.counts, strict=True)
         ]
         return [
             *lines,
@@ -106,7 +117,7 @@ class ProxyMetrics:
 
     def observe(self, name: str, value_s: float) -> None:
         with self._lock:
-            self._histograms.setdefault(name, Histogram()).observe(value_s)
+            self._histograms.setdefault(name, Histogram(_BUCKETS_OF.get(name, _BUCKETS_S))).observe(value_s)
 
     def count(self, name: str, by: float = 1, **labels: str) -> None:
         with self._lock:

@@ -20,7 +20,6 @@ from proxy_support import (
 from testbed.dataplane.iptables import JUMPS, parse_installed, render_full
 from testbed.dataplane.trace import Node, Packet, parse_rules, to_endpoints, trace
 from testbed.errors import CommandError, MissingFeature, RulesRejected
-from testbed.kernel.conntrack import delete_udp_flows
 from testbed.kernel.iptables import Backend, Iptables, detect_backend, refused_lines
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.model.service import ServicePortName
@@ -154,23 +153,10 @@ def test_jumps_are_saved_as_we_compare_them(backend: Backend, tmp_path: Path) ->
         assert parse_installed(iptables.save()).jumps == {(jump.table, jump.saved) for jump in JUMPS}
 
 
-@pytest.mark.root
-def test_forgetting_flows_that_are_not_there(tmp_path: Path) -> None:
-    """conntrack(8) ends with status 1 when there was nothing to delete; that is success."""
-    with real_iptables(Backend.LEGACY, tmp_path) as runner:
-        Iptables(runner, Backend.LEGACY).apply(render_full(state_of([], []), settings_of()).text)
-        try:
-            delete_udp_flows(runner, port=30053)
-        except (MissingFeature, CommandError) as error:
-            if "not installed" in str(error) or "No such file" in str(error):
-                pytest.skip("conntrack is not installed (apt-get install conntrack)")
-            raise
-
-
 def test_missing_tool_is_named() -> None:
     """The error says which package has it."""
-    with pytest.raises(MissingFeature, match=r"conntrack is not installed \(apt-get install conntrack\)"):
-        SubprocessRunner({"PATH": "/nonexistent"}).run(["conntrack", "-L"])
+    with pytest.raises(MissingFeature, match=r"nft is not installed \(apt-get install nftables\)"):
+        SubprocessRunner({"PATH": "/nonexistent"}).run(["nft", "list", "tables"])
 
 
 @pytest.mark.parametrize(

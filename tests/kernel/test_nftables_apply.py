@@ -31,7 +31,7 @@ from testbed.errors import CommandError, KernelError, MissingFeature, RulesRejec
 from testbed.kernel.nftables import Nftables, check_kernel, read_generation
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.model.service import ServicePortName
-from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_table
+from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_tables
 
 WEB = service("web", "172.30.0.41", node_port=30080, ingress=["1.2.3.4"], sessionAffinity="ClientIP")
 DB = service("db", "172.30.0.42", ingress=["1.2.3.5"], loadBalancerSourceRanges=["203.0.113.0/25", "203.0.113.128/25"])
@@ -250,7 +250,8 @@ def test_others_tables_stay(nft: Runner) -> None:
     nft.run(["nft", "add", "table", "ip", "mine"])
     table = kube_proxy_table(nft)
     NftablesProxier(table).sync(state_of(SERVICES, SLICES), NOTHING, nftables_settings())
-    assert remove_table(table) and not remove_table(table)
+    remove_tables(nft)
+    remove_tables(nft)
     assert nft.run(["nft", "list", "tables"]) == "table ip mine\n"
 
 
@@ -379,7 +380,7 @@ def test_golden_case_is_accepted(path: Path, nft: Runner) -> None:
     renderer.full(state, None)
     assert differences(renderer.wanted(), listed(table)) == []
     assert NftablesProxier(table).sync(state, NOTHING, settings).payload.text == ""
-    remove_table(table)
+    remove_tables(nft)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from testbed.dataplane.trace import Node, Packet, Verdict, parse_rules, trace
 from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.service import parse_network, parse_node
-from testbed.programs.proxy_modes import MODES, clean_other_modes, make_mode_settings, make_proxier
+from testbed.programs.proxy_modes import MODES, clean_up_other_modes, make_proxier
 
 pytestmark = pytest.mark.root
 
@@ -89,9 +89,9 @@ class Programmed:
         tracker.replace_slices(SLICES)
         cidr = parse_network("172.30.0.0/16")
         assert cidr is not None
-        settings = make_mode_settings(config, parse_node(node_object()), (), [cidr])
-        clean_other_modes(config, runner, "legacy")
+        clean_up_other_modes(config, runner, "legacy")
         proxier = make_proxier(config, runner, "legacy", own_namespace=False)
+        settings = proxier.make_settings(config, parse_node(node_object()), (), [cidr])
         assert proxier.sync(*tracker.take(), settings).refused == {}
         self._listing = runner.run(
             ["nft", "list", "table", "ip", "kube-proxy"] if mode == "nftables" else ["iptables-legacy-save"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from proxy_support import NODE, FakeIptables, endpoint, endpoint_slice, node_obj
 
 from testbed.dataplane import chains
 from testbed.dataplane.changes import ChangeTracker
-from testbed.dataplane.flows import StaleFlows, stale_udp_flows
+from testbed.dataplane.flows import UdpFlow, stale_udp_flows
 from testbed.dataplane.health import health_checks, render_health_check
 from testbed.dataplane.iptables import (
     JUMPS,
@@ -24,7 +25,7 @@ from testbed.dataplane.iptables import (
     saved_form,
     split_evenly,
 )
-from testbed.model.service import ServicePortName, parse_address, parse_node
+from testbed.model.service import ServicePortName, parse_node, parse_service
 
 SVC = [service(f"svc{n}", f"172.30.0.4{n}", node_port=30000 + n) for n in range(1, 4)]
 SLICES = [endpoint_slice(f"svc{n}", endpoint(f"10.180.0.{n}"), endpoint(f"10.180.1.{n}", "node2")) for n in range(1, 4)]
@@ -306,40 +307,48 @@ def test_another_spelling_is_learned() -> None:
     assert renderer.find_damage(installed) == ""
 
 
-UDP = service("dns", "172.30.0.10", protocol="UDP", node_port=30053, externalIPs=["192.168.99.1"])
-UDP_PORT = ServicePortName("ns", "dns", "p80", "UDP")
+UDP = service("dns", "172.30.0.10", protocol="UDP", port=53, node_port=30053, externalIPs=["192.168.99.1"])
 
 
-def dns(*endpoints: Any) -> Any:
-    return state_of([UDP], [endpoint_slice("dns", *endpoints, protocol="UDP")])
+def udp_flow(destination: str, answered_by: str) -> UdpFlow:
+    ends = [end.split(":") for end in ("10.9.9.9:5000", destination, answered_by)]
+    (a, b), (c, d), (e, f) = ((IPv4Address(address), int(port)) for address, port in ends)
+    return UdpFlow(a, b, c, d, e, f)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "wanted"),
+    ("destination", "answered_by", "is_stale"),
     [
-        pytest.param(dns(endpoint("10.0.0.1")), state_of([], []), [("172.30.0.10", 0, None)], id="Service deleted"),
-        pytest.param(
-            dns(endpoint("10.0.0.1", ready=False)),
-            dns(endpoint("10.0.0.1")),
-            [("172.30.0.10", 0, None), ("192.168.99.1", 0, None), (None, 30053, None)],
-            id="first ready endpoint",
-        ),
-        pytest.param(
-            dns(endpoint("10.0.0.1"), endpoint("10.0.0.2")),
-            dns(endpoint("10.0.0.2")),
-            [("172.30.0.10", 0, "10.0.0.1"), ("192.168.99.1", 0, "10.0.0.1"), (None, 30053, "10.0.0.1")],
-            id="endpoint removed",
-        ),
-        pytest.param(
-            dns(endpoint("10.0.0.1")), dns(endpoint("10.0.0.1"), endpoint("10.0.0.2")), [], id="endpoint added"
-        ),
+        pytest.param("172.30.0.10:53", "10.0.0.1:53", False, id="a serving endpoint"),
+        pytest.param("172.30.0.10:53", "10.0.0.2:53", False, id="one that serves while it terminates"),
+        pytest.param("172.30.0.10:53", "10.0.0.3:53", True, id="one that is gone"),
+        pytest.param("172.30.0.10:53", "10.0.0.1:54", True, id="another port of an endpoint"),
+        pytest.param("172.30.0.10:53", "172.30.0.10:53", True, id="sent before there was an endpoint"),
+        pytest.param("172.30.0.10:54", "172.30.0.10:54", False, id="no port of the Service"),
+        pytest.param("192.168.99.1:53", "10.0.0.3:53", True, id="by the external IP"),
+        pytest.param("192.168.0.2:30053", "10.0.0.3:53", True, id="by the NodePort"),
+        pytest.param("127.0.0.1:30053", "10.0.0.3:53", True, id="by the NodePort on the loopback"),
+        pytest.param("8.8.8.8:30053", "8.8.8.8:30053", False, id="somebody else's port of that number"),
+        pytest.param("172.30.0.11:53", "10.0.0.1:53", True, id="a deleted Service"),
+        pytest.param("172.30.0.41:80", "1.1.1.1:80", False, id="a TCP Service's address"),
     ],
 )
-def test_stale_udp_flows(before: Any, after: Any, wanted: list[tuple[str | None, int, str | None]]) -> None:
-    """Flows that nat would go on sending to the wrong place are named; TCP's are left alone."""
-    flows = [StaleFlows(parse_address(d), p, parse_address(e)) for d, p, e in wanted]
-    assert list(stale_udp_flows(before, after, [UDP_PORT])) == flows
-    assert stale_udp_flows(state_of(SVC, SLICES), state_of([], []), [SVC1]) == ()
+def test_stale_udp_flows(destination: str, answered_by: str, is_stale: bool) -> None:
+    """Flows to a UDP service port that nat would go on sending to the wrong place are named; no others."""
+    ending = endpoint("10.0.0.2", ready=False, serving=True, terminating=True)
+    slices = [endpoint_slice("dns", endpoint("10.0.0.1"), ending, protocol="UDP", port=53)]
+    state = state_of([UDP, *SVC], [*slices, *SLICES])
+    [deleted] = parse_service(service("old", "172.30.0.11", protocol="UDP", port=53))
+    one = udp_flow(destination, answered_by)
+    found = stale_udp_flows([one], state, [deleted], [IPv4Address("192.168.0.2")])
+    assert found == ([one] if is_stale else [])
+
+
+def test_an_address_that_changed_hands_is_not_stale() -> None:
+    """A Service that got the address of a deleted one decides."""
+    state = state_of([UDP], [endpoint_slice("dns", endpoint("10.0.0.1"), protocol="UDP", port=53)])
+    [deleted] = parse_service(service("old", "172.30.0.10", protocol="UDP", port=53))
+    assert stale_udp_flows([udp_flow("172.30.0.10:53", "10.0.0.1:53")], state, [deleted]) == []
 
 
 def test_health_checks_count_ready_addresses_here() -> None:

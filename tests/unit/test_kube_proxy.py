@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import queue
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import pytest
 from proxy_support import NODE, FakeIptables, endpoint, endpoint_slice, node_object, service
 
+from testbed.dataplane.flows import UdpFlow
 from testbed.errors import ApiError, InputError, LabError, LockHeld
 from testbed.kernel.iptables import Backend, Iptables
 from testbed.model.proxyconfig import parse_proxy_config
@@ -35,22 +42,56 @@ from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
 SVC, SLICE = service("web", "172.30.0.41"), endpoint_slice("web", endpoint("10.180.0.1"))
 
 
+class FakeFlows:
+    """Connection tracking that a test fills."""
+
+    def __init__(self) -> None:
+        self.there: list[UdpFlow] = []
+
+    def list(self) -> Iterable[UdpFlow]:
+        return list(self.there)
+
+    def delete(self, flows: Iterable[UdpFlow]) -> int:
+        gone = set(flows)
+        before = len(self.there)
+        self.there = [flow for flow in self.there if flow not in gone]
+        return before - len(self.there)
+
+
+class FakeLinks:
+    """Links by name."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {"cni0": 4}
+
+    def index(self, name: str) -> int:
+        return self.names.get(name, 0)
+
+    def name(self, index: int) -> str:
+        return next((name for name, number in self.names.items() if number == index), "")
+
+
 class Proxy:
     """A `ProxyLoop` over stand-ins, whose time the test sets."""
 
     def __init__(self, **config: Any) -> None:
         parsed, problems = parse_proxy_config({"clusterCIDR": "10.0.0.0/8", **config})
         assert not problems
+        self.now_s = 1000.0
         self.iptables = FakeIptables()
         self.log: list[str] = []
         self.checks: list[Any] = []
-        proxier = IptablesProxier(Iptables(self.iptables, Backend.LEGACY))
+        self.told: list[tuple[str, str, str, str]] = []
+        self.flows = FakeFlows()
+        self.links = FakeLinks()
+        proxier = IptablesProxier(Iptables(self.iptables, Backend.LEGACY), clock=lambda: self.now_s)
         self.loop = ProxyLoop(
-            parsed, NODE, proxier, self.iptables,
-            health=ProxyHealth(60), metrics=ProxyMetrics(), log=self.log.append,
-            local_addresses=lambda: [], on_health_checks=self.checks.append, clock=lambda: self.now_s,
+            parsed, NODE, proxier,
+            health=ProxyHealth(60), metrics=ProxyMetrics(), flows=self.flows, links=self.links, log=self.log.append,
+            tell=lambda obj, kind, reason, message: self.told.append((obj["kind"], obj["metadata"]["name"], reason, message)),
+            local_addresses=lambda: [], on_health_checks=lambda checks, node: self.checks.append(checks),
+            clock=lambda: self.now_s,
         )  # fmt: skip
-        self.now_s = 1000.0
 
     def accept(self, *messages: Any) -> None:
         for message in messages:
@@ -90,7 +131,7 @@ def test_nothing_is_written_before_everything_was_listed() -> None:
     proxy.accept(Listed(SLICES, (SLICE,)))
     assert proxy.syncs == 1
     assert "--to-destination 10.180.0.1:80" in proxy.nat
-    assert proxy.loop.health.is_synced
+    assert proxy.loop.has_synced
 
 
 def test_a_change_is_synced_and_only_what_changed_is_written() -> None:
@@ -240,14 +281,30 @@ def test_a_node_that_is_going_is_not_eligible() -> None:
     assert proxy.loop.health.livez(proxy.now_s)[0] == 200
 
 
-def test_udp_flows_are_forgotten_after_the_rules_are_in() -> None:
-    """When a UDP Service gets its first endpoint, conntrack(8) is asked to drop what was there; finding nothing is fine."""
+def test_udp_flows_are_reconciled_after_the_rules_are_in() -> None:
+    """A flow to a UDP Service that something else than an endpoint answers is forgotten; others are not looked at."""
     proxy = Proxy()
-    proxy.start([service("dns", "172.30.0.10", protocol="UDP")], [])
-    assert proxy.iptables.conntrack == []
-    proxy.accept(Changed(SLICES, False, endpoint_slice("dns", endpoint("10.180.0.1"), protocol="UDP")))
-    assert proxy.iptables.conntrack == [["conntrack", "-D", "--orig-dst", "172.30.0.10", "-p", "udp"]]
+    proxy.start([service("dns", "172.30.0.10", protocol="UDP", port=53)], [])
+    lost = flow("172.30.0.10:53", "172.30.0.10:53")  # sent before there was an endpoint
+    kept = [
+        flow("172.30.0.10:53", "10.180.0.1:53"),
+        flow("172.30.0.10:54", "1.1.1.1:54"),
+        flow("8.8.8.8:53", "8.8.8.8:53"),
+    ]
+    proxy.flows.there = [lost, *kept]
+    proxy.accept(Changed(SLICES, False, endpoint_slice("dns", endpoint("10.180.0.1"), protocol="UDP", port=53)))
+    assert proxy.flows.there == kept
+    assert proxy.loop.metrics.value("conntrack_reconciler_deleted_entries_total") == 1
+    proxy.accept(Changed(SERVICES, True, service("dns", "172.30.0.10", protocol="UDP", port=53)))
+    proxy.sleep(1)
+    assert proxy.flows.there == kept[1:]
     assert proxy.log == []
+
+
+def flow(destination: str, answered_by: str) -> UdpFlow:
+    ends = [end.split(":") for end in ("10.180.7.7:5000", destination, answered_by)]
+    (a, b), (c, d), (e, f) = ((IPv4Address(address), int(port)) for address, port in ends)
+    return UdpFlow(a, b, c, d, e, f)
 
 
 def test_health_check_ports_are_told() -> None:
@@ -408,13 +465,165 @@ def test_metrics_text() -> None:
     assert 'kubeproxy_sync_proxy_rules_iptables_total{table="nat"} 7\n' in text
 
 
+ENV = {"NODE_NAME": "n0", "TESTBED_API_SOCKET": "/api.sock", "XTABLES_LOCKFILE": "/run/xtables.lock"}
+
+
 def test_command_line() -> None:
     """A kubeadm-like command becomes the arguments of main; flags beside --config do not count."""
-    env = {"NODE_NAME": "n0", "TESTBED_API_SOCKET": "/api.sock", "XTABLES_LOCKFILE": "/run/xtables.lock"}
-    argv = ["/usr/local/bin/kube-proxy", "--config=/c", "--hostname-override", "n1", "--proxy-mode=ipvs"]
-    args = parse_command(argv, env, lambda path: {"mode": "iptables", "read": path})
+    argv = ["/usr/local/bin/kube-proxy", "--config=/c", "--hostname-override", "N1", "--proxy-mode=ipvs", "-v=2"]
+    args = parse_command(argv, ENV, lambda path: {"mode": "iptables", "read": path})
     assert args["config"] == {"mode": "iptables", "read": "/c"}
     assert (args["node_name"], args["api_socket"], args["lock_file"]) == ("n1", "/api.sock", "/run/xtables.lock")
-    assert parse_command(["kube-proxy", "--proxy-mode=ipvs"], env, lambda path: {})["config"] == {"mode": "ipvs"}
-    with pytest.raises(InputError, match="kube-proxy needs --hostname-override or NODE_NAME"):
-        parse_command(["kube-proxy"], {}, lambda path: {})
+    assert parse_command(["kube-proxy", "--cleanup"], {}, lambda path: {})["cleanup"] is True
+
+
+def test_flags_are_fields_of_the_configuration() -> None:
+    """Upstream's old flags, of every kind of value, are read as the fields they stand for; all of them are known."""
+    words = (
+        "--proxy-mode iptables --masquerade-all --iptables-localhost-nodeports=false --iptables-masquerade-bit 5 "
+        "--nodeport-addresses=primary,10.0.0.0/8 --feature-gates=ServiceTrafficDistribution=true --iptables-sync-period=9s "
+        "--conntrack-tcp-be-liberal --pod-bridge-interface cni0"
+    )
+    config = parse_command(["kube-proxy", *words.split()], ENV, lambda path: {})["config"]
+    assert config == {
+        "mode": "iptables",
+        "iptables": {"masqueradeAll": True, "localhostNodePorts": False, "masqueradeBit": 5, "syncPeriod": "9s"},
+        "nodePortAddresses": ["primary", "10.0.0.0/8"],
+        "featureGates": {"ServiceTrafficDistribution": True},
+        "conntrack": {"tcpBeLiberal": True},
+        "detectLocal": {"bridgeInterface": "cni0"},
+    }
+    assert parse_proxy_config(config)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        ("", {}, "kube-proxy does not know its node: set --hostname-override or NODE_NAME"),
+        ("", {"NODE_NAME": "n"}, "kube-proxy does not know where the API is: set TESTBED_API_SOCKET to its socket"),
+        ("--proxy-mod ipvs", ENV, "kube-proxy: unknown flag: --proxy-mod"),
+        ("--proxy-mode", ENV, "kube-proxy: flag needs an argument: --proxy-mode"),
+        ("ipvs", ENV, "kube-proxy takes no argument 'ipvs', only flags"),
+        (
+            "--masquerade-all=maybe", ENV,
+            "kube-proxy: invalid argument 'maybe' for --masquerade-all: must be true or false",
+        ),
+        (
+            "--iptables-masquerade-bit=x", ENV,
+            "kube-proxy: invalid argument 'x' for --iptables-masquerade-bit: must be a whole number",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_command_lines(words: str, env: dict[str, str], message: str) -> None:
+    """Each mistake has its sentence."""
+    with pytest.raises(InputError) as refusal:
+        parse_command(["kube-proxy", *words.split()], env, lambda path: {})
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "kube-proxy cannot read --config {}: No such file or directory"),
+        ("mode: [", "kube-proxy cannot read --config {}: while parsing a flow node"),
+        ("- mode", "kube-proxy cannot read --config {}: it holds no mapping, but list"),
+        ("mode: ebpf", "its configuration is wrong: mode: Invalid value: 'ebpf'"),
+        ("mode: iptables", "there is no API at /api.sock (TESTBED_API_SOCKET)"),
+    ],
+)
+def test_bad_starts_are_one_line(text: str | None, message: str, tmp_path: Path) -> None:
+    """As a container starts it: a status other than 0 and a line that names the fault, never a traceback."""
+    config = tmp_path / "config.conf"
+    if text is not None:
+        config.write_text(text)
+    program = (
+        "import sys; from testbed.programs.builtins import run_builtin; "
+        "sys.exit(run_builtin('kube-proxy', {'argv': sys.argv[1:]}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "kube-proxy", f"--config={config}"],
+        env={**os.environ, **ENV}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode in (2, 3)
+    assert message.format(config) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_rule_takes_out_its_service_only() -> None:
+    """The Service is named in an event and in /healthz, others are programmed, and it is tried again after syncPeriod."""
+    proxy = Proxy()
+    proxy.start()
+    proxy.iptables.refused = "ns/bad:p80 "
+    proxy.accept(
+        Changed(SERVICES, False, service("bad", "172.30.0.66")),
+        Changed(SERVICES, False, service("good", "172.30.0.42")),
+    )
+    rejects = "".join(proxy.iptables.tables["filter"]["KUBE-SERVICES"])
+    assert "ns/good:p80" in rejects and "ns/bad:p80" not in rejects
+    assert [(kind, name, reason) for kind, name, reason, _ in proxy.told] == [("Service", "bad", "ProxyRulesRefused")]
+    assert "No chain/target/match by that name" in proxy.told[0][3]
+    proxy.sleep(62)
+    status, body = proxy.loop.health.healthz(proxy.now_s)
+    assert status == 503 and json.loads(body)["refused"] == ["ns/bad:p80"]
+    assert len(proxy.told) == 1
+    proxy.iptables.refused = ""
+    proxy.sleep(31)
+    assert "ns/bad:p80" in "".join(proxy.iptables.tables["filter"]["KUBE-SERVICES"])
+    status, body = proxy.loop.health.healthz(proxy.now_s)
+    assert status == 200 and "refused" not in body
+
+
+def test_a_refused_rule_at_the_start() -> None:
+    """The first sync programs all other Services too, and is enough to be announced."""
+    proxy = Proxy()
+    proxy.iptables.refused = "ns/bad:p80 "
+    proxy.start([service(f"s{n}", f"172.30.1.{n}") for n in range(1, 10)] + [service("bad", "172.30.0.66")], [])
+    assert proxy.loop.has_synced
+    assert len(proxy.iptables.tables["filter"]["KUBE-SERVICES"]) == 9
+    assert [told[1] for told in proxy.told] == ["bad"]
+
+
+def test_damage_is_an_event_on_the_node() -> None:
+    """Who looks at the node sees that somebody changed the rules, and what."""
+    proxy = Proxy()
+    proxy.start()
+    del proxy.iptables.tables["nat"]["KUBE-POSTROUTING"]
+    proxy.sleep(31)
+    assert "KUBE-POSTROUTING" in proxy.iptables.tables["nat"]
+    [(kind, name, reason, message)] = proxy.told
+    assert (kind, name, reason) == ("Node", NODE, "ProxyRulesChanged")
+    assert "1 chains are gone, for example KUBE-POSTROUTING" in message
+
+
+def test_a_renamed_bridge_is_followed() -> None:
+    """Rules that tell pods by the bridge take its new name within syncPeriod, and the old one when it is back."""
+    proxy = Proxy(detectLocalMode="BridgeInterface", detectLocal={"bridgeInterface": "cni0"})
+    proxy.start()
+    assert "! -i cni0 -j KUBE-MARK-MASQ" in proxy.nat
+    proxy.links.names = {"br9": 4}
+    proxy.sleep(31)
+    assert "! -i br9 -j KUBE-MARK-MASQ" in proxy.nat and "cni0" not in proxy.nat
+    assert proxy.told[-1][2:] == (
+        "BridgeRenamed",
+        "the bridge cni0 is called br9 now: rules that tell pods by it say br9",
+    )
+    proxy.links.names = {"cni0": 4}
+    proxy.sleep(31)
+    assert "! -i cni0 -j KUBE-MARK-MASQ" in proxy.nat and "br9" not in proxy.nat
+
+
+def test_how_long_programming_took_is_measured_from_the_slices_annotation() -> None:
+    """network_programming_duration_seconds runs from the trigger time to the rules."""
+    proxy = Proxy()
+    proxy.start()
+    changed = endpoint_slice("web", endpoint("10.180.0.2"))
+    changed["metadata"]["annotations"] = {"endpoints.kubernetes.io/last-change-trigger-time": "1970-01-01T00:16:38Z"}
+    proxy.accept(Changed(SLICES, False, changed))
+    text = proxy.loop.metrics.render()
+    assert 'kubeproxy_network_programming_duration_seconds_bucket{le="1"} 0' in text
+    assert 'kubeproxy_network_programming_duration_seconds_bucket{le="2"} 1' in text
+    assert 'kubeproxy_sync_proxy_rules_iptables_last{table="nat"} 4' in text
+    assert "kubeproxy_sync_proxy_rules_endpoint_changes_total 1" in text

@@ -6,6 +6,7 @@ from typing import Any
 
 from nft_support import FakeNft, kube_proxy_table
 from proxy_support import NODE, endpoint, endpoint_slice, node_object, service
+from test_kube_proxy import FakeFlows, FakeLinks
 
 from testbed.errors import CommandError
 from testbed.model.proxyconfig import parse_proxy_config
@@ -26,15 +27,15 @@ class Proxy:
     """A `ProxyLoop` in nftables mode, whose time the test sets."""
 
     def __init__(self, **config: Any) -> None:
+        self.now_s = 1000.0
         parsed, problems = parse_proxy_config({"clusterCIDR": "10.0.0.0/8", "mode": "nftables", **config})
         assert not problems
         self.nft, self.log = FakeNft(), list[str]()
         self.loop = ProxyLoop(
-            parsed, NODE, NftablesProxier(kube_proxy_table(self.nft)), self.nft,
-            health=ProxyHealth(60), metrics=ProxyMetrics(), log=self.log.append,
+            parsed, NODE, NftablesProxier(kube_proxy_table(self.nft)),
+            health=ProxyHealth(60), metrics=ProxyMetrics(), flows=FakeFlows(), links=FakeLinks(), log=self.log.append,
             local_addresses=lambda: [], clock=lambda: self.now_s,
         )  # fmt: skip
-        self.now_s = 1000.0
 
     def accept(self, *messages: Any) -> None:
         for message in messages:
