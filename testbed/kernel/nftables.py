@@ -10,10 +10,14 @@ from typing import Final
 
 from testbed.errors import CommandError, KernelError
 from testbed.kernel.iptables import rejected
+from testbed.kernel.nft_netlink import encode
 from testbed.kernel.runner import Runner
 
 #: A first load of 10,000 Services takes the kernel a quarter of a minute.
 _TIMEOUT_S: Final = 300.0
+
+#: Commands in a transaction that is sent without nft; many more, and reading what is there is no longer most of nft's time.
+_MOST_DIRECT: Final = 200
 
 _NETLINK_NETFILTER: Final = 12
 _SUBSYSTEM_NFTABLES: Final = 10
@@ -54,15 +58,24 @@ class Nftables:
         runner: Runs nft(8) in that namespace.
         family, table: Which table.
         generation: Returns the namespace's count of transactions; None when that cannot be known from this process.
+        send: Sends an encoded transaction (`nft_netlink`) to that namespace and says whether it was carried out; None
+            where this process is in another one.
     """
 
     def __init__(
-        self, runner: Runner, family: str, table: str, *, generation: Callable[[], int | None] = lambda: None
+        self,
+        runner: Runner,
+        family: str,
+        table: str,
+        *,
+        generation: Callable[[], int | None] = lambda: None,
+        send: Callable[[bytes], bool] | None = None,
     ) -> None:
         self._runner = runner
         self._family = family
         self._table = table
         self.generation = generation
+        self._send = send
 
     def list(self) -> str | None:
         """Return the table as ``nft list table`` prints it, None when it is not there."""
@@ -81,6 +94,8 @@ class Nftables:
             RulesRejected: nft or the kernel refused lines; names the first, with its neighbours.
             CommandError: it failed for another reason.
         """
+        if self._send_directly(commands):
+            return
         try:
             self._runner.run(["nft", "-f", "-"], stdin=commands, timeout_s=_TIMEOUT_S)
         except CommandError as error:
@@ -89,6 +104,14 @@ class Nftables:
                 raise
             numbers = sorted({int(number) for number, _ in refusals})
             raise rejected("nft", commands, numbers, refusals[0][1]) from error
+
+    def _send_directly(self, commands: str) -> bool:
+        """Try it without nft; what is refused is left to nft, which has the words for it."""
+        lines = commands.splitlines()
+        if self._send is None or len(lines) > _MOST_DIRECT:
+            return False
+        batch = encode(lines)
+        return batch is not None and self._send(batch)
 
 
 def check_kernel(runner: Runner) -> None:

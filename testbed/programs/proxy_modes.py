@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from testbed.dataplane import nft_names
 from testbed.dataplane.state import ProxyState
 from testbed.errors import MissingFeature
 from testbed.kernel.iptables import Iptables, detect_backend
+from testbed.kernel.nft_netlink import send
 from testbed.kernel.nftables import Nftables, check_kernel, read_generation
 from testbed.kernel.runner import Runner
 from testbed.model.proxyconfig import KubeProxyConfig
@@ -60,8 +61,8 @@ def make_proxier(
         return IptablesProxier(tools, clean_every_s=config.sync_period_s)
     if config.mode == "nftables":
         check_kernel(runner)
-        generation: Callable[[], int | None] = read_generation if own_namespace else lambda: None
-        table = Nftables(runner, nft_names.FAMILY, nft_names.TABLE, generation=generation)
+        direct: dict[str, Any] = {"generation": read_generation, "send": send} if own_namespace else {}
+        table = Nftables(runner, nft_names.FAMILY, nft_names.TABLE, **direct)
         return NftablesProxier(table, deletes_at_once=deletes_at_once(os.uname().release))
     raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use {' or '.join(MODES)}")
 
