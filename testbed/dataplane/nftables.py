@@ -159,16 +159,17 @@ def render_service(service: ServicePort, choice: EndpointChoice, settings: Nftab
     # no endpoint anywhere: refuse; some, but none that this traffic may use: drop, so that the client tries elsewhere
     refusal = "drop" if choice.has_any else f"goto {names.REJECT}"
     comment = cut_comment(str(service.name))
-    elements = [Element(names.CLUSTER_IPS, str(service.cluster_ip))]
+    cluster_ip = str(service.cluster_ip)
+    elements = [Element(names.CLUSTER_IPS, cluster_ip)]
 
-    def key(address: IPv4Address) -> str:
+    def key(address: IPv4Address | str) -> str:
         return f"{address} . {protocol} . {service.port}"
 
     if has_internal:
         target = local_chain if internal_local else cluster_chain
-        elements.append(Element(names.SERVICE_IPS, key(service.cluster_ip), f"goto {target}"))
+        elements.append(Element(names.SERVICE_IPS, key(cluster_ip), f"goto {target}"))
     else:
-        elements.append(Element(names.NO_ENDPOINT_SERVICES, key(service.cluster_ip), refusal, comment))
+        elements.append(Element(names.NO_ENDPOINT_SERVICES, key(cluster_ip), refusal, comment))
     for address in (*service.external_ips, *service.load_balancer_ips):
         if choice.has_any:
             elements.append(Element(names.SERVICE_IPS, key(address), f"goto {external_chain}"))
@@ -185,7 +186,8 @@ def render_service(service: ServicePort, choice: EndpointChoice, settings: Nftab
         if not has_external:
             elements.append(Element(names.NO_ENDPOINT_NODE_PORTS, port, refusal, comment))
     for e in choice.reachable:
-        elements.append(Element(names.HAIRPIN, f"{e.address} . {e.address} . {protocol} . {e.port}"))
+        address_text, _, port_text = e.text.rpartition(":")
+        elements.append(Element(names.HAIRPIN, f"{address_text} . {address_text} . {protocol} . {port_text}"))
 
     chains: dict[str, Chain] = {}
     if choice.cluster:
@@ -223,7 +225,8 @@ def _endpoint_name(prefix: str, service: ServicePort, endpoint: Endpoint) -> str
 def _balancing_rules(service: ServicePort, endpoints: Sequence[Endpoint]) -> Iterator[str]:
     """Yield the choice of an endpoint, each as probable as the others."""
     if not service.affinity_timeout_s:
-        choices = " , ".join(f"{number} : {e.address} . {e.port}" for number, e in enumerate(endpoints))
+        targets = [endpoint.text.replace(":", " . ") for endpoint in endpoints]  # faster than printing addresses again
+        choices = " , ".join(f"{number} : {target}" for number, target in enumerate(targets))
         yield (
             f"meta l4proto {service.protocol.tool_name} dnat ip addr . port to "
             f"numgen random mod {len(endpoints)} map {{ {choices} }}"
