@@ -60,6 +60,13 @@ def _lab_option(command: F) -> F:
     return click.option("-l", "--lab", metavar="LAB", help="Which lab; not needed while only one is running.")(command)
 
 
+def _backend_option(command: F) -> F:
+    return click.option(
+        "--iptables-backend", type=click.Choice(["legacy", "nft"]), callback=lambda context, option, value: value or "",
+        help="Which iptables to use, instead of this machine's.",
+    )(command)  # fmt: skip
+
+
 def _output_option(*formats: str) -> Callable[[F], F]:
     return click.option("-o", "--output", type=click.Choice(formats), default=formats[0], help="How to print.")
 
@@ -70,14 +77,17 @@ def _output_option(*formats: str) -> Callable[[F], F]:
     "-t", "--topology", metavar="FILE", default="three-nodes", help="A topology file, or the name of one of ours."
 )
 @click.option("--proxy-mode", metavar="MODE", help="kube-proxy's mode, instead of the topology's.")
+@_backend_option
 @click.option(
     "-f", "--filename", "manifests", metavar="MANIFEST", multiple=True, help="Objects to create once it is ready."
 )
-def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, ...]) -> None:
+def up(
+    name: str, topology: str, proxy_mode: str | None, iptables_backend: str, manifests: tuple[str, ...]
+) -> None:  # fmt: skip
     """Start a lab in the background and return when it is ready."""
     import time
 
-    from testbed.lab.start import check_machine, start_lab
+    from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
     from testbed.manifests import find_topology, load_objects, load_topology
     from testbed.scenario.modes import check_mode
 
@@ -87,14 +97,19 @@ def up(name: str, topology: str, proxy_mode: str | None, manifests: tuple[str, .
         loaded = problems.load(load_topology, find_topology(topology))
         objects = [found for manifest in manifests for found in problems.load(load_objects, Path(manifest)) or ()]
     mode = check_mode(proxy_mode or loaded.proxy_mode)
-    with start_lab(loaded, name=name, proxy_mode=mode, attached=True, on_progress=_progress) as lab:
+    backend = choose_iptables_backend(iptables_backend)
+    with start_lab(
+        loaded, name=name, proxy_mode=mode, iptables_backend=backend, attached=True, on_progress=_progress
+    ) as lab:
         for source in objects:
             obj, verb = lab.api.apply(source.object)
             click.echo(f"{obj['kind'].lower()}/{obj['metadata']['name']} {verb}")
         lab.detach()
     nodes = ", ".join(node.name for node in loaded.nodes)
-    click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy mode {mode}")
-    look = "nft list table ip kube-proxy" if mode == "nftables" else "iptables-save -t nat"
+    used, look = f"mode {mode}, iptables-{backend}", "iptables-save -t nat"
+    if mode == "nftables":
+        used, look = f"mode {mode}", "nft list table ip kube-proxy"
+    click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy {used}")
     click.echo(f"  testbed exec -l {name} {loaded.nodes[0].name} -- {look}     run something in it")
     click.echo(f"  testbed down {name}                                   stop it")
 
@@ -162,6 +177,7 @@ def list_labs(output: str) -> None:
                 "topology": record.topology,
                 "nodes": list(record.nodes),
                 "proxyMode": record.proxy_mode,
+                "iptablesBackend": record.iptables_backend,
                 "ageSeconds": round(now - record.started, 1),
             }
             for record in records
@@ -223,16 +239,24 @@ def mininet_cli(lab: str | None) -> int:
 @click.option(
     "--proxy-mode", "modes", metavar="MODE", multiple=True, help="Only this mode; may be given several times."
 )
+@_backend_option
 @_output_option("text", "json", "junit")
 @click.option(
     "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
 )
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
-def run(scenarios: tuple[str, ...], modes: tuple[str, ...], output: str, report_folder: Path | None, keep: bool) -> int:
+def run(
+    scenarios: tuple[str, ...],
+    modes: tuple[str, ...],
+    iptables_backend: str,
+    output: str,
+    report_folder: Path | None,
+    keep: bool,
+) -> int:
     """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
     from testbed.cli.run import run_scenarios
 
-    return run_scenarios([Path(name) for name in scenarios], modes, output, report_folder, keep)
+    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend, output, report_folder, keep)
 
 
 @cli.command()
@@ -288,25 +312,23 @@ def proxy_render(files: tuple[Path, ...], config: Path | None, node: str | None,
 
 @proxy.command("sync")
 @_proxy_options
-@click.option(
-    "--iptables-backend", type=click.Choice(["legacy", "nft"]), help="Which iptables; by default what `iptables` is."
-)
+@_backend_option
 @click.option("--cleanup", is_flag=True, help="Remove what kube-proxy wrote, in any mode; needs no FILE.")
 def proxy_sync(
     files: tuple[Path, ...],
     config: Path | None,
     node: str | None,
     mode: str | None,
-    iptables_backend: str | None,
+    iptables_backend: str,
     cleanup: bool,
 ) -> int:
     """Write kube-proxy's rules into the network namespace you are in, once, as on a node of your own."""
     from testbed.cli.proxy import clean_up, read_input, sync
 
     if cleanup:
-        clean_up(iptables_backend or "")
+        clean_up(iptables_backend)
         return 0
-    return sync(read_input(files, _need(node, files), mode, config), iptables_backend or "")
+    return sync(read_input(files, _need(node, files), mode, config), iptables_backend)
 
 
 @proxy.command("explain")

@@ -10,7 +10,7 @@ import click
 
 from testbed.errors import InputError, ManifestError, MissingFeature, Problem
 from testbed.lab.folder import list_records
-from testbed.lab.start import check_machine, start_lab
+from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import load_scenario
 from testbed.model.scenario import Scenario, Step
 from testbed.scenario.modes import check_mode, why_not
@@ -19,13 +19,19 @@ from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 
 
 def run_scenarios(
-    paths: Sequence[Path], modes: Sequence[str], output: str, report_folder: Path | None, keep: bool
-) -> int:  # fmt: skip
+    paths: Sequence[Path],
+    modes: Sequence[str],
+    iptables_backend: str,
+    output: str,
+    report_folder: Path | None,
+    keep: bool,
+) -> int:
     """Run scenarios and print a report; return 0 when everything was as expected, 1 when not."""
     scenarios = _load_all(paths)
     for mode in modes:
         check_mode(mode)
     check_machine()
+    backend = choose_iptables_backend(iptables_backend)
     if report_folder is not None:
         _check_writable(report_folder)
     planned = [(scenario, mode) for scenario in scenarios for mode in (modes or scenario.proxy_modes)]
@@ -36,7 +42,7 @@ def run_scenarios(
     narrator = _Narrator(to_stderr=output != "text")
     results: list[tuple[ScenarioResult, str]] = []
     for number, (scenario, mode) in enumerate(planned, 1):
-        results.append(_run_one(scenario, mode, narrator, keep=keep and number == len(planned)))
+        results.append(_run_one(scenario, mode, backend, narrator, keep=keep and number == len(planned)))
     for name, mode, reason in skipped:
         narrator.say(f"skipped: {name} in {mode}: {reason}")
     if output == "text":
@@ -94,9 +100,11 @@ class _Narrator:
         self.say(clear + self.report.step(result, total))
 
 
-def _run_one(scenario: Scenario, mode: str, narrator: _Narrator, *, keep: bool) -> tuple[ScenarioResult, str]:
+def _run_one(
+    scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool
+) -> tuple[ScenarioResult, str]:  # fmt: skip
     name = _free_name(scenario.name)
-    with start_lab(scenario.topology, name=name, proxy_mode=mode, attached=True) as lab:
+    with start_lab(scenario.topology, name=name, proxy_mode=mode, iptables_backend=backend, attached=True) as lab:
         narrator.say(narrator.report.heading(scenario.name, mode, name))
         result = run_scenario(scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end)
         if keep:

@@ -351,7 +351,8 @@ class IptablesRenderer:
         Args:
             installed: What is there now.
             per_transaction: If not 0, at most this many service ports' chains in one transaction, where upstream puts all
-                of them in one: iptables-nft takes quadratic time for those. Shared chains come last, in one transaction.
+                of them in one: iptables-nft takes quadratic time for those. Then come the shared chains, in one
+                transaction, and then the deletion of at most so many unused chains in one.
             without: Service ports to leave out, unless they are in place already.
         """
         wanted = {name: self._known[name].rules for name in sorted(self._known)}
@@ -388,7 +389,16 @@ class IptablesRenderer:
             tables["nat"].declared += chunks[0].declared
             tables["nat"].rules += chunks[0].rules
             chunks = []
-        tables["nat"].deleted = sorted(there.difference(*(rules.chains for rules in wanted.values()))) if there else []
+        unused = (
+            sorted(there.difference(*(rules.chains for rules in wanted.values())), key=_leading_first) if there else []
+        )
+        last = []
+        if per_transaction and len(unused) > per_transaction:
+            for start in range(0, len(unused), per_transaction):
+                last.append(_Block("nat"))
+                last[-1].deleted = unused[start : start + per_transaction]
+        else:
+            tables["nat"].deleted = unused
         for table in CANARY_TABLES:
             if table not in installed.canaries:
                 tables[table].declared.append(chains.CANARY)
@@ -396,7 +406,8 @@ class IptablesRenderer:
             if (jump.table, jump.saved) not in installed.jumps:
                 tables[jump.table].rules.append(f"-I {jump.chain} {jump.rule}")
         after: dict[ServicePortName, ServiceRules | None] = dict.fromkeys((*self._installed, *skipped))
-        return self._payload([tables["mangle"], *chunks, tables["filter"], tables["nat"]], {**after, **wanted})
+        blocks = [tables["mangle"], *chunks, tables["filter"], tables["nat"], *last]
+        return self._payload(blocks, {**after, **wanted})
 
     def partial(self, names: Collection[ServicePortName] | None = None, *, clean_stale: bool = True) -> RestorePayload:
         """Return what must change for these service ports, given that all accepted payloads are in place.
@@ -620,6 +631,16 @@ class IptablesRenderer:
             for table, lines in shared
             for line in lines
         )
+
+
+def _leading_first(chain: str) -> tuple[int, str]:
+    """Sort chains so that each comes before those that its rules lead to: then it can be deleted first."""
+    return next(rank for rank, prefix in enumerate(_LEADING) if chain.startswith(prefix)), chain
+
+
+_LEADING = (
+    chains.SOURCE_RANGES_PREFIX, chains.EXTERNAL_PREFIX, chains.CLUSTER_PREFIX, chains.LOCAL_PREFIX, chains.ENDPOINT_PREFIX,
+)  # fmt: skip
 
 
 def _print_of(table: str, chain: str, lines: Sequence[str]) -> int:

@@ -236,10 +236,7 @@ def render_service(
         own[ranges_chain] = [*_ranges_rules(service, ranges_chain, external_chain, settings.node_ip)]
     texts = [endpoint.text for endpoint in choice.reachable]
     targets = chains.endpoint_chains(service.name, texts)
-    if large:
-        comments = dict.fromkeys(texts, "")
-    else:
-        comments = {text: f' -m comment --comment "{name} -> {text}"' for text in texts}
+    comments = {text: "" if large else f' -m comment --comment "{name} -> {text}"' for text in texts}
     for chain, endpoints in ((cluster_chain, choice.cluster), (local_chain, choice.local)):
         if endpoints:
             own[chain] = [*own.get(chain, ()), *_balancing_rules(service, chain, endpoints, targets, comments)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from testbed.errors import CommandError, LockHeld, RulesRejected
+from testbed.errors import CommandError, InputError, LockHeld, RulesRejected
 from testbed.kernel.runner import Runner
 
 #: How long the holder of the xtables lock is waited for.
@@ -34,12 +35,28 @@ def detect_backend(runner: Runner, wanted: str = "") -> Backend:
     """Return the wanted backend, or the one that plain ``iptables`` is on this machine.
 
     Raises:
+        InputError: there is no backend of that name.
         MissingFeature: neither is installed.
     """
     if wanted:
+        if wanted not in set(Backend):
+            raise InputError(f"there is no iptables backend {wanted!r}; the backends are {', '.join(Backend)}")
         return Backend(wanted)
     version = runner.run(["iptables", "--version"])
     return Backend.NFT if "nf_tables" in version else Backend.LEGACY
+
+
+def choose_iptables(backend: str) -> None:
+    """Have ``iptables``, ``iptables-save`` and so on mean one backend wherever this process's /etc is seen.
+
+    Done as Debian's update-alternatives(1) does it; where there are no alternatives, there is one backend only.
+    """
+    for family in ("iptables", "ip6tables"):
+        for suffix in ("", "-save", "-restore"):
+            link, program = f"/etc/alternatives/{family}{suffix}", shutil.which(f"{family}-{backend}{suffix}")
+            if program is not None and os.path.islink(link) and os.readlink(link) != program:
+                os.unlink(link)
+                os.symlink(program, link)
 
 
 class Iptables:

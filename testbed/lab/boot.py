@@ -63,7 +63,7 @@ def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> 
     from testbed.lab.spawner import Spawner, preload
 
     try:
-        spawner = Spawner(request.topology, request.folder, control, forker)
+        spawner = Spawner(request.topology, request.folder, control, forker, request.iptables_backend)
         spawner.network.build_topology()
         report(request.progress_fd, phase="network")
         preload()

@@ -22,12 +22,15 @@ def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
     }
 
 
-def system_objects(topology: Topology, *, proxy_config_text: str, api_folder: str) -> list[Object]:
+def system_objects(
+    topology: Topology, *, proxy_config_text: str, api_folder: str, iptables_backend: str
+) -> list[Object]:
     """Return the ServiceCIDR and Service ``kubernetes`` and kube-proxy's own objects, in creation order.
 
     Args:
         proxy_config_text: a KubeProxyConfiguration in YAML, what the ConfigMap holds as ``config.conf``.
         api_folder: the node's folder with the API's socket, given to kube-proxy as a hostPath volume.
+        iptables_backend: which iptables kube-proxy uses.
     """
     return [
         {
@@ -39,7 +42,7 @@ def system_objects(topology: Topology, *, proxy_config_text: str, api_folder: st
         _kubernetes_service(topology),
         _object("v1", "ServiceAccount", "kube-proxy"),
         _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),
-        _kube_proxy(api_folder),
+        _kube_proxy(api_folder, iptables_backend),
     ]
 
 
@@ -64,7 +67,7 @@ def _kubernetes_service(topology: Topology) -> Object:
     }
 
 
-def _kube_proxy(api_folder: str) -> Object:
+def _kube_proxy(api_folder: str, iptables_backend: str) -> Object:
     labels = {"k8s-app": "kube-proxy"}
     container = {
         "name": "kube-proxy",
@@ -78,6 +81,7 @@ def _kube_proxy(api_folder: str) -> Object:
             {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
             {"name": "TESTBED_API_SOCKET", "value": "/var/run/testbed/api.sock"},
             {"name": "XTABLES_LOCKFILE", "value": "/run/xtables.lock"},
+            {"name": "TESTBED_IPTABLES_BACKEND", "value": iptables_backend},
         ],
         "securityContext": {"privileged": True},
         "readinessProbe": {"httpGet": {"path": "/healthz", "port": 10256}, "periodSeconds": 10},

@@ -70,7 +70,9 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     ]
     tasks = [asyncio.create_task(kubelet.run(), name=f"kubelet {kubelet.node_name}") for kubelet in kubelets]
     config = yaml.safe_dump(proxy_configuration(request.topology, request.proxy_mode), sort_keys=False)
-    for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder):
+    for obj in system_objects(
+        request.topology, proxy_config_text=config, api_folder=api_folder, iptables_backend=request.iptables_backend
+    ):
         registry.create(_resource_key(obj), obj)
     await _until_ready(store, tasks)
     report(request.progress_fd, ready=True)

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from testbed.errors import InputError, LabError
@@ -37,6 +37,7 @@ class LabRecord:
     topology: str
     nodes: tuple[str, ...]
     proxy_mode: str
+    iptables_backend: str = ""  # of a lab that an older version started: not known
 
 
 def state_root() -> Path:
@@ -144,7 +145,8 @@ def _living_records() -> Iterator[LabRecord]:
             record = json.loads((path / "lab.json").read_text())
         except FileNotFoundError:
             continue  # being started, or being stopped
-        yield LabRecord(**{**record, "nodes": tuple(record["nodes"])})
+        known = {field.name: record[field.name] for field in fields(LabRecord) if field.name in record}
+        yield LabRecord(**{**known, "nodes": tuple(record["nodes"])})
 
 
 def find_record(name: str | None) -> LabRecord:

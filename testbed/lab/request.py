@@ -17,6 +17,7 @@ class LabRequest:
     folder: str
     topology: Topology
     proxy_mode: str
+    iptables_backend: str
     listener_fd: int
     progress_fd: int
     lifeline_fd: int

@@ -66,11 +66,16 @@ class Spawner:
     """The state of the spawner; `serve` runs it until the control process or the lab ends."""
 
     def __init__(
-        self, topology: Topology, lab_folder: str, control: socket.socket, forker: Forker | None = None
+        self,
+        topology: Topology,
+        lab_folder: str,
+        control: socket.socket,
+        forker: Forker | None = None,
+        iptables_backend: str = "",
     ) -> None:
         self.lab_folder = lab_folder
         self.private = make_private_folder(lab_folder)
-        self.network = LabNetwork(topology, lab_folder, self.private)
+        self.network = LabNetwork(topology, lab_folder, self.private, iptables_backend)
         self._control = control
         self._forker = forker
         self._selector = selectors.DefaultSelector()

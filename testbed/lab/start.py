@@ -22,6 +22,8 @@ from typing import NoReturn
 
 from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
+from testbed.kernel.iptables import detect_backend
+from testbed.kernel.runner import SubprocessRunner
 from testbed.lab.folder import LabFolder, LabRecord, claim_folder, find_record, list_records
 from testbed.lab.handle import Lab
 from testbed.lab.request import LabRequest
@@ -58,38 +60,67 @@ def check_machine() -> None:
         )
 
 
+def choose_iptables_backend(wanted: str = "") -> str:
+    """Return the backend of iptables that a lab's nodes use: the wanted one, or what ``iptables`` is on this machine.
+
+    Raises:
+        MissingFeature: its tools are not installed.
+    """
+    backend = detect_backend(SubprocessRunner(), wanted)
+    tool = f"iptables-{backend}-restore"
+    if shutil.which(tool) is None:
+        raise MissingFeature(
+            f"iptables backend {backend.value!r} is not there: {tool} is missing (apt-get install iptables)"
+        )
+    return backend.value
+
+
 def start_lab(
-    topology: Topology, *, name: str, proxy_mode: str, attached: bool, on_progress: Callable[[str], None] = lambda _: None
-) -> Lab:  # fmt: skip
+    topology: Topology,
+    *,
+    name: str,
+    proxy_mode: str,
+    attached: bool,
+    iptables_backend: str = "",
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Lab:
     """Start a lab and return when kube-proxy has synced on every node.
 
     Args:
         attached: end the lab when this process ends, however it ends, unless it calls `Lab.detach` first.
+        iptables_backend: what ``iptables`` is on the nodes, ``legacy`` or ``nft``; '' what it is on this machine.
         on_progress: called with a word for each phase that was reached.
 
     Raises:
         LabError: a lab of that name is running, or it did not get ready; nothing of it is left.
     """
     check_machine()
+    backend = choose_iptables_backend(iptables_backend)
     folder = claim_folder(name)
     try:
-        return _start(folder, topology, proxy_mode, attached, on_progress)
+        return _start(folder, topology, proxy_mode, backend, attached, on_progress)
     except BaseException:
         folder.remove()
         raise
 
 
 def _start(
-    folder: LabFolder, topology: Topology, proxy_mode: str, attached: bool, on_progress: Callable[[str], None]
-) -> Lab:  # fmt: skip
+    folder: LabFolder,
+    topology: Topology,
+    proxy_mode: str,
+    iptables_backend: str,
+    attached: bool,
+    on_progress: Callable[[str], None],
+) -> Lab:
     progress, progress_writer = os.pipe()
     lifeline_reader, lifeline = os.pipe() if attached else (-1, -1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(folder.path / "spawner.sock"))
         listener.listen(16)
         request = LabRequest(
-            folder.name, str(folder.path), topology, proxy_mode, listener.fileno(), progress_writer, lifeline_reader
-        )
+            folder.name, str(folder.path), topology, proxy_mode, iptables_backend, listener.fileno(), progress_writer,
+            lifeline_reader,
+        )  # fmt: skip
         pid = _fork_first_process(folder, request)
     os.close(progress_writer)
     if lifeline_reader >= 0:
@@ -97,7 +128,7 @@ def _start(
     try:
         started = time.time()
         names = tuple(node.name for node in topology.nodes)
-        folder.write_record(LabRecord(folder.name, pid, started, topology.name, names, proxy_mode))
+        folder.write_record(LabRecord(folder.name, pid, started, topology.name, names, proxy_mode, iptables_backend))
         _wait_until_ready(folder, progress, on_progress)
     except BaseException:
         os.kill(pid, signal.SIGKILL)

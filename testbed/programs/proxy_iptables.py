@@ -23,6 +23,8 @@ from testbed.model.service import NodeView, ServicePortName
 
 #: iptables-nft 1.8.9 takes quadratic time for the chains of one transaction (docs/adr/0005-iptables-restore.md).
 _PER_TRANSACTION: Mapping[Backend, int] = {Backend.NFT: 100, Backend.LEGACY: 0}
+#: With more changed service ports than this many transactions take, a full sync is cheaper than one large transaction.
+_MOST_AT_ONCE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class IptablesProxier:
         refused_before = {name for name in self._refused if name not in changed}
         is_retry = not changed or self._clock() - self._tried_s >= self._clean_every_s
         partial_failed = False
+        per_transaction = _PER_TRANSACTION[self._iptables.backend]
+        full = full or (bool(per_transaction) and len(renderer.pending) > _MOST_AT_ONCE * per_transaction)
         if not full:
             try:
                 payload = self._apply_change(renderer, renderer.pending - refused_before)

@@ -14,6 +14,7 @@ from typing import Any
 
 from testbed.errors import NotPresent
 from testbed.kernel import linux, sysctl
+from testbed.kernel.iptables import choose_iptables
 from testbed.kernel.rootfs import write_upper
 from testbed.kernel.rtnetlink import LOOPBACK_INDEX, RtnetlinkSocket, add_address, set_link
 from testbed.underlay.holder import Holder, hold_namespaces, spawn_holder
@@ -196,9 +197,17 @@ class OutsideHost(LabHost):
 
 
 class ClusterNode(OutsideHost):
-    """A cluster's node: an outside host that forwards, with a bridge for its pods."""
+    """A cluster's node: an outside host that forwards, with a bridge for its pods.
+
+    Params: also ``iptables_backend``, what ``iptables`` is on this node; '' leaves it as it is on the machine.
+    """
 
     sysctls = sysctl.NODE
+
+    def set_up(self) -> None:
+        super().set_up()
+        if self.params["iptables_backend"]:
+            choose_iptables(self.params["iptables_backend"])
 
 
 class PodHost(LabHost):

@@ -53,11 +53,19 @@ class _PodLink:
 class LabNetwork(Mininet):
     """The lab's network; ``net['node1']`` is a Mininet host. Must be made in the lab's own network namespace."""
 
-    def __init__(self, topology: Topology, lab_folder: str, private_folder: str) -> None:
-        """Store what to build. ``private_folder`` is on the lab's own tmpfs; `build_topology` acts."""
+    def __init__(self, topology: Topology, lab_folder: str, private_folder: str, iptables_backend: str = "") -> None:
+        """Store what to build; `build_topology` acts.
+
+        Args:
+            topology: The machines and networks.
+            lab_folder: Stays visible in nodes and outside hosts.
+            private_folder: A folder on the lab's own tmpfs.
+            iptables_backend: What ``iptables`` is on nodes: ``legacy`` or ``nft``; '' leaves it as it is on this machine.
+        """
         self.topology = topology
         self.lab_folder = lab_folder
         self.private_folder = private_folder
+        self.iptables_backend = iptables_backend
         self._pods: dict[str, _PodLink] = {}
         self._next_pod_index = _FIRST_POD_LINK_INDEX
         self._node_sockets: dict[str, RtnetlinkSocket] = {}
@@ -92,6 +100,7 @@ class LabNetwork(Mininet):
             "private_folder": f"{self.private_folder}/hosts/{spec.name}",
             "lab_folder": self.lab_folder,
             "etc_files": self._etc_files(spec),
+            "iptables_backend": self.iptables_backend,
         }
         host = self.addHost(spec.name, cls=ClusterNode if isinstance(spec, NodeSpec) else OutsideHost, **params)
         if isinstance(spec, NodeSpec):
