@@ -83,7 +83,7 @@ def _output_option(*formats: str) -> Callable[[F], F]:
     "-f", "--filename", "manifests", metavar="MANIFEST", multiple=True, help="Objects to create once it is ready."
 )
 def up(
-    name: str, topology: str, proxy_mode: str | None, iptables_backend: str | None, manifests: tuple[str, ...]
+    name: str, topology: str, proxy_mode: str | None, iptables_backend: str, manifests: tuple[str, ...]
 ) -> None:  # fmt: skip
     """Start a lab in the background and return when it is ready."""
     import time
@@ -298,7 +298,7 @@ def mininet_cli(lab: str | None) -> int:
 def run(
     scenarios: tuple[str, ...],
     modes: tuple[str, ...],
-    iptables_backend: str | None,
+    iptables_backend: str,
     output: str,
     report_folder: Path | None,
     keep: bool,
@@ -306,7 +306,7 @@ def run(
     """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
     from testbed.cli.run import run_scenarios
 
-    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend or "", output, report_folder, keep)
+    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend, output, report_folder, keep)
 
 
 @cli.command()
