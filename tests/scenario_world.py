@@ -10,7 +10,7 @@ from controllers_world import World
 
 from testbed.errors import ApiError, InputError
 from testbed.kernel.processes import Completed
-from testbed.model.objects import BY_KIND, Object, name_of, namespace_of
+from testbed.model.objects import BY_KIND, Object, Resource, name_of, namespace_of
 from testbed.model.scenario import Request
 from testbed.model.topology import Topology
 from testbed.probes import Observation, Outcome, ask
@@ -43,6 +43,12 @@ class FakeApi:
             return self._registry.create(resource.key, placed), "created"
         after = self._registry.patch(resource.key, namespace, name_of(obj), obj)
         return after, "unchanged" if after == before else "configured"
+
+    def resource_of(self, obj: Object) -> Resource:
+        found = self._registry.resources.of_kind(obj["apiVersion"], obj["kind"])
+        if found is None:
+            raise ApiError(404, "NotFound", f'no matches for kind "{obj["kind"]}" in version "{obj["apiVersion"]}"')
+        return found
 
     def patch(self, resource: str, namespace: str, name: str, patch: Object, *, subresource: str = "") -> Object:
         return self._registry.patch(resource, namespace, name, patch, subresource=subresource)

@@ -87,6 +87,8 @@ class Tokens:
 
     def user_of(self, token: str, find_account: FindAccount) -> User | None:
         """Return whose token it is, or None for one that is wrong, too old, or of an account that is gone."""
+        if not token.isascii():  # compare_digest takes no other text, and no token of ours is other text
+            return None
         if hmac.compare_digest(token.encode(), self._admin.encode()):
             return ADMIN
         signed, _, signature = token.rpartition(".")

@@ -52,33 +52,34 @@ class ApiClient:
         self._socket_path = socket_path
         self._timeout_s = timeout_s
         self._local = threading.local()
+        self._discovered: dict[tuple[str, str], Resource] = {}  # by apiVersion and kind
 
     def get(self, resource: str, namespace: str, name: str) -> Object:
         """Return one object."""
-        return self._object("GET", _path(resource, namespace, name))
+        return self._object("GET", self._path(resource, namespace, name))
 
     def list(
         self, resource: str, namespace: str | None = None, *, label_selector: str = "", field_selector: str = ""
     ) -> tuple[list[Object], str]:
         """Return the objects of a namespace (None: of all) and the resourceVersion to watch from."""
         query = _query(labelSelector=label_selector, fieldSelector=field_selector)
-        answer = self._call("GET", _path(resource, namespace) + query)
+        answer = self._call("GET", self._path(resource, namespace) + query)
         return answer["items"], answer["metadata"]["resourceVersion"]
 
     def create(self, obj: Object) -> Object:
         """Store a new object and return it as stored."""
-        resource, namespace, _ = _place(obj)
-        return self._object("POST", _path(resource, namespace), obj)
+        resource, namespace, _ = self._place(obj)
+        return self._object("POST", self._path(resource, namespace), obj)
 
     def update(self, obj: Object, *, subresource: str = "") -> Object:
         """Replace an object and return what is stored now."""
-        resource, namespace, name = _place(obj)
-        return self._object("PUT", _path(resource, namespace, name, subresource), obj)
+        resource, namespace, name = self._place(obj)
+        return self._object("PUT", self._path(resource, namespace, name, subresource), obj)
 
     def patch(self, resource: str, namespace: str, name: str, patch: Object, *, subresource: str = "") -> Object:
         """Apply a JSON merge patch and return what is stored now."""
         return self._object(
-            "PATCH", _path(resource, namespace, name, subresource), patch, "application/merge-patch+json"
+            "PATCH", self._path(resource, namespace, name, subresource), patch, "application/merge-patch+json"
         )
 
     def delete(self, resource: str, namespace: str, name: str, grace_s: int | None = None) -> Object:
@@ -86,7 +87,7 @@ class ApiClient:
         options: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
         if grace_s is not None:
             options["gracePeriodSeconds"] = grace_s
-        return self._object("DELETE", _path(resource, namespace, name), options)
+        return self._object("DELETE", self._path(resource, namespace, name), options)
 
     def scale(self, resource: str, namespace: str, name: str, replicas: int) -> Object:
         """Set the replicas of a workload and return its Scale."""
@@ -98,10 +99,10 @@ class ApiClient:
         Fields that an earlier apply set and this one leaves out are removed; fields that others set stay. Lists are
         replaced whole, because the patch is a JSON merge patch.
         """
-        resource, namespace, name = _place(obj)
+        resource, namespace, name = self._place(obj)
         if not name:
             raise ApiError(400, "BadRequest", "metadata.name: an object without a name can be created, not applied")
-        bare = _without_annotation(obj)
+        bare = self._without_annotation(obj)
         text = json.dumps(bare, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
         annotations = {**bare["metadata"]["annotations"], LAST_APPLIED: text}
         modified = {**bare, "metadata": {**bare["metadata"], "annotations": annotations}}
@@ -144,7 +145,73 @@ class ApiClient:
             timeoutSeconds=str(max(1, round(timeout_s))) if timeout_s is not None else "",
             allowWatchBookmarks="true" if bookmarks else "",
         )
-        return Watch(self._socket_path, _path(resource, namespace) + query, self._timeout_s)
+        return Watch(self._socket_path, self._path(resource, namespace) + query, self._timeout_s)
+
+    def resource_of(self, obj: Object) -> Resource:
+        """Return the resource of an object; one that is not built in is asked for.
+
+        Raises:
+            ApiError: 404 when there is none.
+        """
+        api_version, kind = str(obj.get("apiVersion", "")), str(obj.get("kind", ""))
+        found = BY_KIND.get((api_version, kind)) or self._discovered.get((api_version, kind))
+        if found is None and api_version.count("/") == 1:
+            self._discover(api_version)
+            found = self._discovered.get((api_version, kind))
+        if found is None:
+            raise ApiError(404, "NotFound", f'no matches for kind "{kind}" in version "{api_version}"')
+        return found
+
+    def _known(self, key: str) -> Resource:
+        found = BY_KEY.get(key) or next((one for one in self._discovered.values() if one.key == key), None)
+        group = key.partition(".")[2]
+        if found is None and group:
+            answer: Object = self._call("GET", f"/apis/{quote(group, safe='')}")
+            self._discover(answer["preferredVersion"]["groupVersion"])
+            found = next((one for one in self._discovered.values() if one.key == key), None)
+        if found is None:
+            raise ApiError(404, "NotFound", "the server could not find the requested resource")
+        return found
+
+    def _discover(self, api_version: str) -> None:
+        group, version = api_version.split("/")
+        try:
+            answer = self._call("GET", f"/apis/{quote(group, safe='')}/{quote(version, safe='')}")
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            return
+        for entry in answer["resources"]:
+            if "/" not in entry["name"]:
+                self._discovered[(api_version, entry["kind"])] = Resource(
+                    group=group, version=version, plural=entry["name"], kind=entry["kind"],
+                    namespaced=entry["namespaced"], is_custom=True,
+                )  # fmt: skip
+
+    def _path(self, key: str, namespace: str | None, name: str = "", subresource: str = "") -> str:
+        resource = self._known(key)
+        parts = ["", "apis", resource.group, resource.version] if resource.group else ["", "api", "v1"]
+        if resource.namespaced and namespace is not None:
+            parts += ["namespaces", namespace]
+        parts.append(resource.plural)
+        parts += [part for part in (name, subresource) if part]
+        return "/".join(quote(part, safe="") for part in parts)
+
+    def _place(self, obj: Object) -> tuple[str, str, str]:
+        """Return resource, namespace and name of an object."""
+        resource = self.resource_of(obj)
+        metadata = obj.get("metadata") or {}
+        namespace = metadata.get("namespace") or "default"
+        return resource.key, namespace if resource.namespaced else "", metadata.get("name") or ""
+
+    def _without_annotation(self, obj: Object) -> Object:
+        metadata = dict(obj["metadata"])
+        metadata["annotations"] = {
+            key: value for key, value in (metadata.get("annotations") or {}).items() if key != LAST_APPLIED
+        }
+        if self.resource_of(obj).namespaced:
+            metadata.setdefault("namespace", "default")
+        return {**obj, "metadata": metadata}
 
     def set_power(self, node: str, *, on: bool) -> None:
         """Take away a node's power or give it back. ApiError 404 when there is no such node."""
@@ -282,44 +349,6 @@ def _error_of(status: Object, code: int) -> ApiError:
     )
 
 
-def _resource(key: str) -> Resource:
-    if key not in BY_KEY:
-        raise ApiError(404, "NotFound", "the server could not find the requested resource")
-    return BY_KEY[key]
-
-
-def _path(key: str, namespace: str | None, name: str = "", subresource: str = "") -> str:
-    resource = _resource(key)
-    parts = ["", "apis", resource.group, resource.version] if resource.group else ["", "api", "v1"]
-    if resource.namespaced and namespace is not None:
-        parts += ["namespaces", namespace]
-    parts.append(resource.plural)
-    parts += [part for part in (name, subresource) if part]
-    return "/".join(quote(part, safe="") for part in parts)
-
-
 def _query(**parameters: str) -> str:
     given = {name: value for name, value in parameters.items() if value}
     return "?" + urlencode(given) if given else ""
-
-
-def _place(obj: Object) -> tuple[str, str, str]:
-    """Return resource, namespace and name of an object."""
-    api_version, kind = obj.get("apiVersion", ""), obj.get("kind", "")
-    resource = BY_KIND.get((api_version, kind))
-    metadata = obj.get("metadata") or {}
-    if resource is None:
-        raise ApiError(404, "NotFound", f'no matches for kind "{kind}" in version "{api_version}"')
-    namespace = metadata.get("namespace") or "default"
-    return resource.key, namespace if resource.namespaced else "", metadata.get("name") or ""
-
-
-def _without_annotation(obj: Object) -> Object:
-    metadata = dict(obj["metadata"])
-    metadata["annotations"] = {
-        key: value for key, value in (metadata.get("annotations") or {}).items() if key != LAST_APPLIED
-    }
-    resource = BY_KIND[(obj["apiVersion"], obj["kind"])]
-    if resource.namespaced:
-        metadata.setdefault("namespace", "default")
-    return {**obj, "metadata": metadata}

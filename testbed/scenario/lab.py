@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from testbed.kernel.processes import Completed
-from testbed.model.objects import Object
+from testbed.model.objects import Object, Resource
 from testbed.model.topology import Topology
 
 T = TypeVar("T")
@@ -23,6 +23,8 @@ class ObjectApi(Protocol):
     def get(self, resource: str, namespace: str, name: str) -> Object: ...
 
     def apply(self, obj: Object) -> tuple[Object, Any]: ...
+
+    def resource_of(self, obj: Object) -> Resource: ...
 
     def patch(self, resource: str, namespace: str, name: str, patch: Object, *, subresource: str = "") -> Object: ...
 

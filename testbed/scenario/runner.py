@@ -16,7 +16,7 @@ from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
 from testbed.kernel.processes import Completed
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
-from testbed.model.objects import BY_KEY, BY_KIND, Object, labels_of, name_of, namespace_of
+from testbed.model.objects import BY_KEY, Object, labels_of, name_of, namespace_of
 from testbed.model.scenario import (
     ApplyStep,
     Condition,
@@ -201,8 +201,9 @@ class _Runner:
         for file in step.files:
             for source in reversed(load_objects(file)):
                 obj = source.object
-                resource = BY_KIND.get((obj["apiVersion"], obj["kind"]))
-                if resource is None:  # nothing of this kind can be there
+                try:
+                    resource = self._lab.api.resource_of(obj)
+                except ApiError:  # nothing of this kind can be there
                     continue
                 namespace = (namespace_of(obj) or "default") if resource.namespaced else ""
                 references.append((resource.key, namespace, name_of(obj)))

@@ -50,7 +50,7 @@ def test_a_service_accounts_token() -> None:
     assert issuer.user_of(token, find) is None
 
 
-@pytest.mark.parametrize("token", ["", "x", "a.b.c", "admin-token2", "é", "..", "=.=.="])
+@pytest.mark.parametrize("token", ["", "x", "a.b.c", "admin-token2", "é", "\udcff.x", "..", "=.=.="])
 def test_tokens_that_are_wrong(token: str) -> None:
     """None of them is anybody's; the administrator's is the administrator's."""
     issuer = tokens()

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_support import deployment, make_registry, pod, service
+from registry_support import deployment, make_registry, pod, refusal, service
 from test_api import Lab, serving
 
+from testbed.api.client import ApiClient
 from testbed.errors import ApiError
 from testbed.model.objects import DEFINITIONS
 
@@ -132,11 +133,12 @@ def test_an_old_version_ends_a_watch_with_an_error_event(lab: Lab) -> None:
     ]
 
 
-def test_twenty_watchers_see_every_event_once_and_in_order(tmp_path: Path) -> None:
-    """Also while objects come and go quickly. (benchmarks/api.py does it with load.)"""
+def test_watchers_see_every_event_once_and_in_order(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Twenty of them (a hundred in the long form), while objects come and go quickly."""
+    count = 100 if request.config.getoption("--slow") else 20
     with serving(make_registry(), tmp_path / "api.sock") as lab:
         _, version = lab.client.list("services")
-        seen: list[list[tuple[str, str]]] = [[] for _ in range(20)]
+        seen: list[list[tuple[str, str]]] = [[] for _ in range(count)]
 
         def look(number: int) -> None:
             with lab.client.watch("services", resource_version=version) as watch:
@@ -275,6 +277,31 @@ def test_custom_resources_in_two_versions(lab: Lab) -> None:
     )
     lab.client.delete(DEFINITIONS, "", "things.example.io")
     assert lab.request("GET", "/apis/example.io/v1/things")[0] == 404
+
+
+def test_our_own_client_finds_custom_resources(lab: Lab) -> None:
+    """apply, get, list and delete of a kind that a manifest has just defined; one that nobody defined is a 404."""
+    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    spec = {
+        "group": "example.io", "scope": "Namespaced", "names": {"plural": "things", "kind": "Thing"},
+        "versions": [{"name": "v1", "served": True, "storage": True, "schema": schema}],
+    }  # fmt: skip
+    thing = {"apiVersion": "example.io/v1", "kind": "Thing", "metadata": {"name": "x", "namespace": "dev"}, "a": 1}
+    assert refusal(lab.client.apply, thing).code == 404
+    definition = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "things.example.io"},
+        "spec": spec,
+    }
+    assert [lab.client.apply(obj)[1] for obj in (definition, thing, thing)] == ["created", "created", "unchanged"]
+    fresh = ApiClient(lab.path)
+    assert fresh.get("things.example.io", "dev", "x")["a"] == 1
+    assert len(fresh.list("things.example.io", "dev")[0]) == 1
+    fresh.delete("things.example.io", "dev", "x")
+    assert refusal(fresh.get, "things.example.io", "dev", "x").code == 404
+    assert refusal(fresh.get, "others.example.io", "dev", "x").code == 404
+    fresh.close()
 
 
 def test_aggregated_discovery(lab: Lab) -> None:

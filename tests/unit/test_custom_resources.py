@@ -194,6 +194,28 @@ def test_several_versions() -> None:
     assert refusal(registry.create, KEY, {**eip(), "apiVersion": "example.io/v3"}).code == 400
 
 
+def test_a_definition_that_changes() -> None:
+    """New objects go by the new schema at once; what is stored stays as it is."""
+    registry = make_registry()
+    made = registry.create(DEFINITIONS, definition())
+    before = registry.create(KEY, eip())
+    version = copy.deepcopy(made["spec"]["versions"][0])
+    version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["more"] = {
+        "type": "string",
+        "default": "x",
+    }
+    version["additionalPrinterColumns"] = [{"name": "More", "type": "string", "jsonPath": ".spec.more"}]
+    changed_ = registry.patch(DEFINITIONS, "", KEY, {"spec": {"versions": [version]}})
+    assert changed_["metadata"]["generation"] == 2
+    other = {**eip(), "metadata": {"name": "y", "namespace": "dev"}}
+    assert registry.create(KEY, other)["spec"]["more"] == "x"
+    assert registry.get(KEY, "dev", "x") == before
+    resource = registry.resources.get(KEY)
+    assert resource is not None
+    defined = registry.customs.version(resource)
+    assert defined is not None and [column.name for column in defined.columns] == ["More"]
+
+
 def test_names_that_are_taken() -> None:
     """A definition whose names another one has is stored and not established."""
     registry = make_registry()
