@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import pytest
 
 from testbed.dataplane.changes import ChangeTracker
 from testbed.dataplane.iptables import IptablesSettings, make_settings, saved_form
+from testbed.dataplane.nftables import NftablesSettings, make_nftables_settings
 from testbed.dataplane.state import ProxyState
 from testbed.errors import CommandError, KernelError
 from testbed.kernel.iptables import Backend
@@ -25,7 +26,7 @@ from testbed.model.service import NodeView, parse_node
 Object = dict[str, Any]
 
 POD_CIDR = "10.0.0.0/8"
-NODE, NODE_IP = "node1", "192.168.0.2"
+NODE, NODE_IP, SECOND_IP = "node1", "192.168.0.2", "192.168.1.2"
 
 
 def service(
@@ -103,8 +104,18 @@ def settings_of(config: Mapping[str, Any] | None = None, node: NodeView | None =
     """Return settings for a configuration; pods are `POD_CIDR` unless it says otherwise."""
     parsed, problems = parse_proxy_config({"clusterCIDR": POD_CIDR, **(config or {})})
     assert not problems
-    addresses = [IPv4Address(a) for a in ("127.0.0.1", NODE_IP, "192.168.1.2")]
+    addresses = [IPv4Address(a) for a in ("127.0.0.1", NODE_IP, SECOND_IP)]
     return make_settings(parsed, node or parse_node(node_object()), addresses)
+
+
+def nftables_settings(
+    config: Mapping[str, Any] | None = None, *, service_cidrs: Sequence[str] = ("172.30.0.0/16",)
+) -> NftablesSettings:
+    """Return the settings of nftables mode for a configuration; pods are `POD_CIDR` unless it says otherwise."""
+    parsed, problems = parse_proxy_config({"clusterCIDR": POD_CIDR, **(config or {})})
+    assert not problems
+    addresses = [IPv4Address(a) for a in ("127.0.0.1", NODE_IP, SECOND_IP)]
+    return make_nftables_settings(parsed, parse_node(node_object()), addresses, [IPv4Network(c) for c in service_cidrs])
 
 
 class FakeIptables:

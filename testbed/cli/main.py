@@ -109,7 +109,8 @@ def up(
     click.echo(
         f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy mode {mode}, iptables-{backend}"
     )
-    click.echo(f"  testbed exec -l {name} {loaded.nodes[0].name} -- iptables-save -t nat     run something in it")
+    look = "nft list table ip kube-proxy" if mode == "nftables" else "iptables-save -t nat"
+    click.echo(f"  testbed exec -l {name} {loaded.nodes[0].name} -- {look}     run something in it")
     click.echo(f"  testbed down {name}                                   stop it")
 
 
@@ -271,6 +272,90 @@ def validate(files: tuple[Path, ...]) -> int:
     if not errors:
         click.echo(f"{len(files)} {'file is' if len(files) == 1 else 'files are'} valid")
     return InputError.exit_status if errors else 0
+
+
+@cli.group()
+def proxy() -> None:
+    """See, write and follow the rules that kube-proxy makes of manifests. No lab is needed.
+
+    FILEs are Services, EndpointSlices or Endpoints, Nodes, ServiceCIDRs, and perhaps a KubeProxyConfiguration.
+    """
+
+
+def _proxy_options(command: F) -> F:
+    for option in (
+        click.argument("files", metavar="FILE...", nargs=-1, type=click.Path(path_type=Path)),
+        click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="A KubeProxyConfiguration."),
+        click.option("--node", metavar="NODE", help="The node that kube-proxy runs on."),
+        click.option("--mode", metavar="MODE", help="kube-proxy's mode, instead of the configuration's."),
+    ):
+        command = option(command)
+    return command
+
+
+def _need(node: str | None, files: tuple[Path, ...]) -> str:
+    if not node:
+        raise InputError("which node? Give --node NAME: what kube-proxy writes depends on where it runs")
+    if not files:
+        raise InputError("no FILE given: name manifests with Services, EndpointSlices and Nodes")
+    return node
+
+
+@proxy.command("render")
+@_proxy_options
+def proxy_render(files: tuple[Path, ...], config: Path | None, node: str | None, mode: str | None) -> None:
+    """Print what kube-proxy would write, for iptables-restore or nft. Touches nothing, needs no root."""
+    from testbed.cli.proxy import read_input, render
+
+    click.echo(render(read_input(files, _need(node, files), mode, config)), nl=False)
+
+
+@proxy.command("sync")
+@_proxy_options
+@click.option(
+    "--iptables-backend", type=click.Choice(["legacy", "nft"]), help="Which iptables; by default what `iptables` is."
+)
+@click.option("--cleanup", is_flag=True, help="Remove what kube-proxy wrote, in any mode; needs no FILE.")
+def proxy_sync(
+    files: tuple[Path, ...],
+    config: Path | None,
+    node: str | None,
+    mode: str | None,
+    iptables_backend: str | None,
+    cleanup: bool,
+) -> int:
+    """Write kube-proxy's rules into the network namespace you are in, once, as on a node of your own."""
+    from testbed.cli.proxy import clean_up, read_input, sync
+
+    if cleanup:
+        clean_up(iptables_backend or "")
+        return 0
+    return sync(read_input(files, _need(node, files), mode, config), iptables_backend or "")
+
+
+@proxy.command("explain")
+@_proxy_options
+@click.option("--from", "source", metavar="IP", required=True, help="Who sends: a pod, the node, somebody outside.")
+@click.option("--to", "target", metavar="IP:PORT[/udp]", required=True, help="Where to.")
+@click.option("--interface", metavar="NAME", default="", help="The interface it comes in by, where that matters.")
+@_output_option("text", "json")
+def proxy_explain(
+    files: tuple[Path, ...],
+    config: Path | None,
+    node: str | None,
+    mode: str | None,
+    source: str,
+    target: str,
+    interface: str,
+    output: str,
+) -> None:
+    """Follow a packet through kube-proxy's rules: which it meets, where it may end, whose address is seen there."""
+    from testbed.cli.proxy import explain_json, explain_text, find_fate, parse_packet, read_input
+
+    packet = parse_packet(source, target, interface)
+    given = read_input(files, _need(node, files), mode, config)
+    fate = find_fate(given, packet)
+    click.echo(explain_json(given, packet, fate) if output == "json" else explain_text(given, packet, fate))
 
 
 @cli.command()

@@ -15,7 +15,7 @@ Source: kubernetes pkg/proxy/iptables/proxier_test.go, iptablesTracer (v1.30).
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network
@@ -347,12 +347,20 @@ def trace(rules: Ruleset, packet: Packet, node: Node) -> Fate:
     walker = _Walker(rules, node)
     source = IPv4Address(packet.source)
     state = _State(packet, source, IPv4Address(packet.destination), packet.port)
-    ends = set(_ends(walker, state, node))
+    return fate_of(packet, set(_ends(walker, state, node)), walker.met)
+
+
+def fate_of(packet: Packet, ends: Collection[tuple[Verdict, str, bool]], met: Iterable[str]) -> Fate:
+    """Return the fate that sums up every way out: verdict, endpoint ('' unless translated), masqueraded or not.
+
+    Raises:
+        ValueError: the ways out disagree in kind.
+    """
     verdicts = {end[0] for end in ends}
     if len(verdicts) > 1:
         raise ValueError(f"{packet} may end as {', '.join(sorted(v.value for v in verdicts))}")
     endpoints = tuple(sorted({end[1] for end in ends} - {""}))
-    return Fate(verdicts.pop(), endpoints, any(end[2] for end in ends), tuple(walker.met))
+    return Fate(verdicts.pop(), endpoints, any(end[2] for end in ends), tuple(met))
 
 
 def _ends(walker: _Walker, state: _State, node: Node) -> Iterator[tuple[Verdict, str, bool]]:

@@ -25,7 +25,7 @@ def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
 def system_objects(
     topology: Topology, *, proxy_config_text: str, api_folder: str, iptables_backend: str
 ) -> list[Object]:
-    """Return the Service ``kubernetes`` and kube-proxy's ServiceAccount, ConfigMap and DaemonSet, in creation order.
+    """Return the ServiceCIDR and Service ``kubernetes`` and kube-proxy's own objects, in creation order.
 
     Args:
         proxy_config_text: a KubeProxyConfiguration in YAML, what the ConfigMap holds as ``config.conf``.
@@ -33,6 +33,12 @@ def system_objects(
         iptables_backend: which iptables kube-proxy uses.
     """
     return [
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "ServiceCIDR",
+            "metadata": {"name": "kubernetes"},
+            "spec": {"cidrs": [str(topology.cluster.service_cidr)]},
+        },
         _kubernetes_service(topology),
         _object("v1", "ServiceAccount", "kube-proxy"),
         _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),

@@ -118,6 +118,7 @@ RESOURCES: tuple[Resource, ...] = (
     _stored("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", "hpa"),
     _stored("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", "pdb"),
     _stored("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", "netpol"),
+    _stored("networking.k8s.io", "v1", "servicecidrs", "ServiceCIDR", namespaced=False),
     _stored("storage.k8s.io", "v1", "storageclasses", "StorageClass", "sc", namespaced=False),
     _stored("scheduling.k8s.io", "v1", "priorityclasses", "PriorityClass", "pc", namespaced=False),
     _stored("node.k8s.io", "v1", "runtimeclasses", "RuntimeClass", namespaced=False),

@@ -258,9 +258,9 @@ def _cluster_cidr(reader: _Reader) -> str:
 
 def _node_port_addresses(reader: _Reader) -> tuple[str, ...]:
     entries = reader.texts("nodePortAddresses")
-    for entry in entries:
+    for index, entry in enumerate(entries):
         if entry != PRIMARY and ":" not in entry and parse_network(entry) is None:
-            reader.complain("nodePortAddresses", entry, "must be a valid CIDR")
+            reader.complain(f"nodePortAddresses[{index}]", entry, "must be a valid CIDR")
     return entries
 
 

@@ -318,3 +318,8 @@ def parse_node(obj: Object) -> NodeView:
         is_deleting="deletionTimestamp" in obj["metadata"],
         taints=frozenset(taint.get("key", "") for taint in spec.get("taints") or ()),
     )
+
+
+def parse_service_cidr(obj: Object) -> tuple[IPv4Network, ...]:
+    """Return the IPv4 networks of a ServiceCIDR object: what ClusterIPs are allocated from."""
+    return _networks((obj.get("spec") or {}).get("cidrs") or ())

@@ -22,10 +22,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -34,19 +34,18 @@ from testbed.dataplane.flows import UdpFlow, concerns_udp, stale_udp_flows
 from testbed.dataplane.health import HealthCheck, health_checks, render_health_check
 from testbed.dataplane.iptables import needs_route_localnet, node_port_addresses
 from testbed.dataplane.state import ProxyState
-from testbed.errors import ApiError, InputError, KernelError, LabError, MissingFeature, TestbedError
+from testbed.errors import ApiError, InputError, KernelError, LabError, TestbedError
 from testbed.kernel.addresses import link_index, link_name, list_local_addresses
 from testbed.kernel.conntrack import delete_udp_flows, list_udp_flows
-from testbed.kernel.iptables import Iptables, detect_backend
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.kernel.sysctl import apply_sysctls
 from testbed.model.objects import Object, name_of, namespace_of
 from testbed.model.proxyconfig import DetectLocalMode, KubeProxyConfig, node_address, parse_proxy_config
-from testbed.model.service import PROXIED_SELECTOR, NodeName, NodeView, parse_node
+from testbed.model.service import PROXIED_SELECTOR, NodeName, NodeView, parse_node, parse_service_cidr
 from testbed.programs.answers import Answer, Listener
 from testbed.programs.proxy_command import parse_command
 from testbed.programs.proxy_events import Events
-from testbed.programs.proxy_iptables import IptablesProxier, clean_up, remove_nftables_tables
+from testbed.programs.proxy_modes import Proxier, clean_up_all, clean_up_other_modes, make_proxier
 from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
 
 __all__ = ["ProxyLoop", "Watcher", "main", "make_proxier", "parse_command", "sync_once"]
@@ -54,6 +53,7 @@ __all__ = ["ProxyLoop", "Watcher", "main", "make_proxier", "parse_command", "syn
 SERVICES: Final = "services"
 SLICES: Final = "endpointslices.discovery.k8s.io"
 NODES: Final = "nodes"
+SERVICE_CIDRS: Final = "servicecidrs.networking.k8s.io"
 
 #: A sync that writes everything happens at least this often, whatever the changes.
 FULL_SYNC_INTERVAL_S: Final = 3600.0
@@ -62,11 +62,20 @@ _CHANGES_TOTAL: Final = {
     SLICES: "sync_proxy_rules_endpoint_changes_total",
 }
 _BURST: Final = 2
+_FAILURES: Final = {
+    "iptables": "sync_proxy_rules_iptables_restore_failures_total",
+    "nftables": "sync_proxy_rules_nftables_sync_failures_total",
+}
 _BACK_OFF_FIRST_S: Final = 0.05
 _BACK_OFF_LAST_S: Final = 5.0
 _WATCH_TIMEOUT_S: Final = 300.0
 #: After a repair: whoever flushes tables often does so one by one.
 _RECHECK_S: Final = 1.0
+
+
+def resources_of(mode: str) -> tuple[str, ...]:
+    """Return what a kube-proxy of this mode watches; nothing is written before each was listed once."""
+    return (SERVICES, SLICES, NODES, SERVICE_CIDRS) if mode == "nftables" else (SERVICES, SLICES, NODES)
 
 
 class Api(Protocol):
@@ -260,20 +269,6 @@ class KernelLinks:
         return link_name(index)
 
 
-class Proxier(Protocol):
-    """One proxy mode's way of making a node's kernel equal to a state."""
-
-    def make_settings(
-        self, config: KubeProxyConfig, node: NodeView, local_addresses: Collection[IPv4Address]
-    ) -> Any: ...
-
-    def sync(self, state: ProxyState, changed: frozenset[Any], settings: Any) -> Any: ...
-
-    def require_full(self) -> None: ...
-
-    def find_damage(self) -> str: ...
-
-
 class ProxyLoop:
     """Takes messages in, and syncs when something changed, the pace allows, and everything was listed once.
 
@@ -327,7 +322,8 @@ class ProxyLoop:
         self._clock = clock
         self._tracker = ChangeTracker(config.hostname_override or node)
         self._pace = Pace(config.min_sync_period_s)
-        self._not_listed = {SERVICES, SLICES, NODES}
+        self._not_listed = set(resources_of(config.mode))
+        self._service_cidrs: dict[str, tuple[IPv4Network, ...]] = {}
         self._wanted = False
         self._not_before_s = 0.0  # after a failure
         self._last_sync_s = 0.0
@@ -340,14 +336,14 @@ class ProxyLoop:
 
     def accept(self, message: Listed | Changed, now_s: float) -> None:
         """Take one message in; the kernel is not touched."""
-        before, was_waiting = self._node, bool(self._not_listed)
+        before, was_waiting = (self._node, self._all_service_cidrs()), bool(self._not_listed)
         if isinstance(message, Listed):
             self._accept_list(message)
         else:
             self._accept_change(message)
         if self._not_listed:
             return
-        if was_waiting or self._tracker.has_changes or self._node != before:
+        if was_waiting or self._tracker.has_changes or (self._node, self._all_service_cidrs()) != before:
             self._not_before_s = 0.0  # a new change is a new chance after a failure
             self._want(now_s)
 
@@ -357,6 +353,8 @@ class ProxyLoop:
             self._tracker.replace_services(message.objects)
         elif message.resource == SLICES:
             self._tracker.replace_slices(message.objects)
+        elif message.resource == SERVICE_CIDRS:
+            self._service_cidrs = {name_of(obj): parse_service_cidr(obj) for obj in message.objects}
         else:
             for obj in message.objects:
                 self._saw_node(obj)
@@ -373,8 +371,15 @@ class ProxyLoop:
             self._tracker.delete_slice(*name)
         elif message.resource == SLICES:
             self._tracker.set_slice(obj)
+        elif message.resource == SERVICE_CIDRS:
+            self._service_cidrs.pop(name_of(obj), None)
+            if not message.deleted:
+                self._service_cidrs[name_of(obj)] = parse_service_cidr(obj)
         elif not message.deleted:
             self._saw_node(obj)
+
+    def _all_service_cidrs(self) -> frozenset[IPv4Network]:
+        return frozenset(network for networks in self._service_cidrs.values() for network in networks)
 
     def _saw_node(self, obj: Object) -> None:
         if name_of(obj) == self._node.name:
@@ -441,11 +446,12 @@ class ProxyLoop:
         self._wanted = False
         self._triggers_s += filter(None, map(_seconds_of, self._tracker.take_trigger_times()))
         addresses = tuple(self._local_addresses()) if self.config.node_port_addresses else ()
-        settings = self._proxier.make_settings(self._present_config(), self._node, addresses)
+        cidrs = self._all_service_cidrs()
+        settings = self._proxier.make_settings(self._present_config(), self._node, addresses, cidrs)
         try:
             report = self._proxier.sync(state, self._pending, settings)
         except KernelError as error:
-            self.metrics.count("sync_proxy_rules_iptables_restore_failures_total")
+            self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
             self._retry_later(now_s)
             self._log(f"sync failed, next try in {self._period_s:g} s: {error}")
             self._tell(self.node_object, "Warning", "ProxySyncFailed", f"could not write the proxy's rules: {error}")
@@ -496,7 +502,7 @@ class ProxyLoop:
         self._refused = dict(refused)
         self.health.refused(map(str, refused))
         if refused:
-            self.metrics.count("sync_proxy_rules_iptables_restore_failures_total")
+            self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
             self._retry_later(now_s)
 
     def _forget_flows(self, state: ProxyState) -> None:
@@ -667,7 +673,7 @@ def prepare_node(config: KubeProxyConfig, node: str, log: Callable[[str], None])
         "net/netfilter/nf_conntrack_udp_timeout_stream": conntrack.udp_stream_timeout_s,
     }
     settings = {name: f"{value:.0f}" for name, value in wanted.items() if value > 0}
-    if needs_route_localnet(config):
+    if config.mode != "nftables" and needs_route_localnet(config):
         settings["net/ipv4/conf/all/route_localnet"] = "1"
     for name, value in settings.items():
         try:
@@ -684,34 +690,6 @@ def is_tcp_liberal() -> bool:
         return False
 
 
-def clean_up_other_modes(config: KubeProxyConfig, runner: Runner) -> None:
-    """Remove what another mode left that is certainly not in use; iptables and ipvs share chains, and leave each other's."""
-    if config.mode in ("iptables", "ipvs"):
-        remove_nftables_tables(runner)
-
-
-def clean_up_all(runner: Runner, backend: str = "") -> None:
-    """Do what ``kube-proxy --cleanup`` does, for every mode.
-
-    Raises:
-        KernelError: a tool refused.
-    """
-    clean_up(Iptables(runner, detect_backend(runner, backend)))
-    remove_nftables_tables(runner)
-
-
-def make_proxier(config: KubeProxyConfig, runner: Runner, backend: str = "", *, lock_file: str = "") -> Proxier:
-    """Return the applier of the configured mode.
-
-    Raises:
-        MissingFeature: this mode's tools are not installed, or the mode is not there.
-    """
-    if config.mode != "iptables":
-        raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use iptables")
-    tools = Iptables(runner, detect_backend(runner, backend), **({"lock_file": lock_file} if lock_file else {}))
-    return IptablesProxier(tools, clean_every_s=config.iptables.sync_period_s)
-
-
 def sync_once(
     config: KubeProxyConfig,
     node: NodeView,
@@ -721,6 +699,7 @@ def sync_once(
     runner: Runner,
     backend: str = "",
     local_addresses: Iterable[IPv4Address] = (),
+    service_cidrs: Iterable[IPv4Network] = (),
 ) -> Any:
     """Program the runner's network namespace once for these objects and return the `SyncReport`."""
     tracker = ChangeTracker(config.hostname_override or node.name)
@@ -728,7 +707,9 @@ def sync_once(
     tracker.replace_slices(slices)
     state, changed = tracker.take()
     proxier = make_proxier(config, runner, backend)
-    return proxier.sync(state, changed, proxier.make_settings(config, node, tuple(local_addresses)))
+    return proxier.sync(
+        state, changed, proxier.make_settings(config, node, tuple(local_addresses), tuple(service_cidrs))
+    )
 
 
 def collect_garbage_seldom() -> None:
@@ -772,7 +753,7 @@ def main(args: Mapping[str, Any]) -> int:
         if not args.get("init_only") and not os.path.exists(str(args["api_socket"])):
             raise LabError(f"there is no API at {args['api_socket']} (TESTBED_API_SOCKET)")
         proxier = make_proxier(config, runner, backend, lock_file=lock_file)
-        clean_up_other_modes(config, runner)
+        clean_up_other_modes(config, runner, backend)
     except TestbedError as error:
         log(str(error))
         return error.exit_status
@@ -812,11 +793,9 @@ def _run_on_node(
         if args.get("ready_file"):
             Path(str(args["ready_file"])).write_text("synced\n")
 
-    for resource, labels, fields in (
-        (SERVICES, PROXIED_SELECTOR, ""),
-        (SLICES, PROXIED_SELECTOR, ""),
-        (NODES, "", f"metadata.name={node}"),
-    ):
+    selectors = {SERVICES: (PROXIED_SELECTOR, ""), SLICES: (PROXIED_SELECTOR, ""), NODES: ("", f"metadata.name={node}")}
+    for resource in resources_of(config.mode):
+        labels, fields = selectors.get(resource, ("", ""))
         api: Api = ApiClient(socket_path)
         watcher = Watcher(api, resource, messages.put, log, label_selector=labels, field_selector=fields)
         threading.Thread(target=watcher.run, name=f"watch-{resource}", daemon=True).start()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 
 from testbed.dataplane.iptables import (
     IptablesRenderer,
@@ -17,9 +16,8 @@ from testbed.dataplane.iptables import (
     render_cleanup,
 )
 from testbed.dataplane.state import ProxyState
-from testbed.errors import CommandError, MissingFeature, RulesRejected
+from testbed.errors import CommandError, RulesRejected
 from testbed.kernel.iptables import Backend, Iptables
-from testbed.kernel.runner import Runner
 from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import NodeView, ServicePortName
 
@@ -68,9 +66,13 @@ class IptablesProxier:
         self._refused: dict[ServicePortName, str] = {}
 
     def make_settings(
-        self, config: KubeProxyConfig, node: NodeView, local_addresses: Collection[IPv4Address]
+        self,
+        config: KubeProxyConfig,
+        node: NodeView,
+        local_addresses: Collection[IPv4Address],
+        service_cidrs: Collection[IPv4Network] = (),
     ) -> IptablesSettings:
-        """Return what `sync` takes for a node."""
+        """Return what `sync` takes for a node; ServiceCIDRs have no part in this mode."""
         return make_settings(config, node, local_addresses)
 
     @property
@@ -175,19 +177,6 @@ class IptablesProxier:
         damage = self._renderer.find_damage(parse_installed(self._iptables.save()))
         self._is_repair = bool(damage)
         return damage
-
-
-def remove_nftables_tables(runner: Runner) -> None:
-    """Delete the tables of nftables mode. Without nft there are none.
-
-    Raises:
-        KernelError: nft refused.
-    """
-    tables = [(family, "kube-proxy") for family in ("ip", "ip6")]
-    # Adding what may be there already makes the deletion succeed either way.
-    text = "".join(f"{verb} table {family} {name}\n" for family, name in tables for verb in ("add", "delete"))
-    with contextlib.suppress(MissingFeature):
-        runner.run(["nft", "-f", "-"], stdin=text)
 
 
 def clean_up(iptables: Iptables) -> None:

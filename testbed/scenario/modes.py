@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 from testbed.errors import InputError, MissingFeature
 from testbed.model.topology import PROXY_MODES
 
-IMPLEMENTED = ("iptables",)
+IMPLEMENTED = ("iptables", "nftables")
 
 
 def check_mode(mode: str) -> str:
@@ -25,4 +27,8 @@ def check_mode(mode: str) -> str:
 
 def why_not(mode: str) -> str:
     """Return why a mode cannot be run, '' when it can."""
-    return "" if mode in IMPLEMENTED else f"proxy mode {mode!r} is not built yet: this version programs iptables only"
+    if mode not in IMPLEMENTED:
+        return f"proxy mode {mode!r} is not built yet: this version programs {' and '.join(IMPLEMENTED)}"
+    if mode == "nftables" and shutil.which("nft") is None:
+        return "proxy mode 'nftables' needs nft, which is not installed (apt-get install nftables)"
+    return ""

@@ -14,15 +14,16 @@ from proxy_support import real_iptables, without_counters
 
 from testbed.dataplane.changes import ChangeTracker
 from testbed.dataplane.iptables import Installed, IptablesRenderer, make_settings, parse_installed, saved_form
+from testbed.dataplane.state import ProxyState
 from testbed.kernel.iptables import Backend, Iptables
-from testbed.model.proxyconfig import parse_proxy_config
-from testbed.model.service import parse_node
+from testbed.model.proxyconfig import KubeProxyConfig, parse_proxy_config
+from testbed.model.service import NodeView, parse_node
 
 CASES = sorted((Path(__file__).parent / "kube-proxy").glob("*.yaml"))
 
 
-def load(path: Path) -> IptablesRenderer:
-    """Return a renderer that has taken in the state that one golden file describes."""
+def read_case(path: Path) -> tuple[KubeProxyConfig, NodeView, ProxyState]:
+    """Return the configuration, the node and the Services and endpoints that one golden file describes."""
     objects: list[dict[str, Any]] = list(yaml.safe_load_all(path.read_text()))
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for obj in objects:
@@ -30,13 +31,19 @@ def load(path: Path) -> IptablesRenderer:
     config, problems = parse_proxy_config(by_kind["KubeProxyConfiguration"][0])
     assert not problems
     node = parse_node(by_kind["Node"][0])
-    assert node.internal_ip is not None
     tracker = ChangeTracker(node.name)
     tracker.replace_services(by_kind.get("Service", []))
     tracker.replace_slices(by_kind.get("EndpointSlice", []))
+    return config, node, tracker.take()[0]
+
+
+def load(path: Path) -> IptablesRenderer:
+    """Return a renderer that has taken in the state that one golden file describes."""
+    config, node, state = read_case(path)
+    assert node.internal_ip is not None
     settings = make_settings(config, node, [IPv4Address("127.0.0.1"), node.internal_ip])
     renderer = IptablesRenderer(settings)
-    renderer.update(tracker.take()[0])
+    renderer.update(state)
     return renderer
 
 

@@ -55,7 +55,7 @@ def test_every_problem_is_reported() -> None:
     assert [str(problem) for problem in problems] == [
         "mode: Invalid value: 'ebpf': must be one of iptables, ipvs, nftables, userspace",
         "clusterCIDR: Invalid value: '10.244.0.0': must be a valid CIDR block, (e.g. 10.100.0.0/16 or fde4:8dd8::/64)",
-        "nodePortAddresses: Invalid value: 'nowhere': must be a valid CIDR",
+        "nodePortAddresses[0]: Invalid value: 'nowhere': must be a valid CIDR",
         "iptables.masqueradeBit: Invalid value: 32: must be within the range [0, 31]",
         "iptables.syncPeriod: Invalid value: '1s': must be greater than or equal to minSyncPeriod (5s)",
         "iptables.masqueradeAl: unknown field (did you mean 'masqueradeAll'?)",

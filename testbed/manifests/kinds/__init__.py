@@ -45,6 +45,7 @@ _RULES: dict[str, Callable[[Object, Causes], None]] = {
     "nodes": cluster.validate_node,
     "endpoints": cluster.validate_endpoints,
     "endpointslices.discovery.k8s.io": cluster.validate_slice,
+    "servicecidrs.networking.k8s.io": cluster.validate_service_cidr,
     "configmaps": cluster.validate_config_map,
     "secrets": cluster.validate_secret,
     "services": service.validate_service,

@@ -178,6 +178,20 @@ def _validate_slice_endpoint(endpoint: Object, type_: str, where: str, causes: C
     validate_labels(endpoint.get("deprecatedTopology"), f"{where}.deprecatedTopology", causes)
 
 
+def validate_service_cidr(obj: Object, causes: Causes) -> None:
+    """Check a ServiceCIDR: one network of each family at most."""
+    cidrs = (obj.get("spec") or {}).get("cidrs") or []
+    if not cidrs:
+        causes.required("spec.cidrs", "at least one CIDR required")
+    if len(cidrs) > 2:
+        causes.invalid("spec.cidrs", cidrs, "may only hold up to 2 values")
+    for index, cidr in enumerate(cidrs):
+        if parse_network(cidr) is None:
+            causes.invalid(
+                f"spec.cidrs[{index}]", cidr, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"
+            )
+
+
 def validate_config_map(obj: Object, causes: Causes) -> None:
     """Check the keys of a ConfigMap, which become file names, and its size."""
     data, binary = obj.get("data") or {}, obj.get("binaryData") or {}

@@ -1,0 +1,187 @@
+"""``testbed proxy``: what kube-proxy would write, writing it here, and what it does to a packet."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from ipaddress import AddressValueError, IPv4Address
+from pathlib import Path
+
+import click
+
+from testbed.dataplane.iptables import make_settings, render_full
+from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings, render_table
+from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
+from testbed.dataplane.trace_nftables import trace_nftables
+from testbed.errors import InputError, MissingFeature
+from testbed.kernel.addresses import list_local_addresses
+from testbed.kernel.runner import SubprocessRunner
+from testbed.model.topology import PROXY_MODES
+from testbed.programs.kube_proxy import prepare_node, sync_once
+from testbed.programs.proxy_input import ProxyInput, read_proxy_input
+from testbed.programs.proxy_modes import MODES, clean_up_all, clean_up_other_modes
+
+_ENDS = {
+    Verdict.DROP: "dropped: the client waits until its time is over",
+    Verdict.REJECT: "refused: the client is told at once (ICMP port unreachable; TCP clients see `connection refused`)",
+    Verdict.ACCEPT: "let in, its destination unchanged",
+    Verdict.NONE: "not kube-proxy's: no rule is about it, it goes where routing sends it",
+}
+
+
+def read_input(files: Sequence[Path], node: str, mode: str | None, config: Path | None) -> ProxyInput:
+    """Read manifests and configuration; warnings go to standard error.
+
+    Raises:
+        InputError: there is no such mode, or the files are wrong.
+        MissingFeature: this version does not know the mode's rules.
+    """
+    if mode is not None and mode not in PROXY_MODES:
+        raise InputError(f"there is no proxy mode {mode!r}; the modes are {', '.join(PROXY_MODES)}")
+    found = read_proxy_input(files, node=node, mode=mode, config=config)
+    if found.config.mode not in MODES:
+        raise MissingFeature(
+            f"proxy mode {found.config.mode!r} is not built yet: this version knows {' and '.join(MODES)}"
+        )
+    for warning in found.warnings:
+        click.echo(str(warning), err=True)
+    return found
+
+
+def render(given: ProxyInput) -> str:
+    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet."""
+    if given.config.mode == "nftables":
+        settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
+        return render_table(given.state, settings)
+    return render_full(given.state, make_settings(given.config, given.node, given.addresses)).text
+
+
+def sync(given: ProxyInput, backend: str) -> int:
+    """Program the network namespace of this process once; return 0, or 3 when a Service was refused."""
+    runner = SubprocessRunner()
+    clean_up_other_modes(given.config, runner, backend)
+    prepare_node(given.config, given.node.name, lambda line: click.echo(f"warning: {line}", err=True))
+    report = sync_once(
+        given.config, given.node, given.services, given.slices, runner=runner, backend=backend,
+        local_addresses=list_local_addresses(), service_cidrs=given.service_cidrs,
+    )  # fmt: skip
+    for name, reason in report.refused.items():
+        click.echo(f"error: service {name} ({name.protocol}) is left out: {reason}", err=True)
+    lines = len(report.payload.text.splitlines())
+    click.echo(
+        f"{given.config.mode}: {f'{lines} lines written' if lines else 'nothing to write: all is as it should be'}"
+    )
+    return MissingFeature.exit_status if report.refused else 0
+
+
+def clean_up(backend: str) -> None:
+    """Remove from the network namespace of this process what kube-proxy wrote, in any mode."""
+    clean_up_all(SubprocessRunner(), backend)
+
+
+_TARGET = re.compile(r"([\d.]+):(\d+)(?:/(tcp|udp|sctp))?")
+
+
+def parse_packet(source: str, target: str, interface: str) -> Packet:
+    """Return the packet that two options describe.
+
+    Raises:
+        InputError: one of them is not of the form ``IP`` or ``IP:PORT[/udp]``.
+    """
+    match = _TARGET.fullmatch(target)
+    try:
+        if match is None or not 0 < int(match[2]) < 65536:
+            raise AddressValueError
+        destination = str(IPv4Address(match[1]))
+    except AddressValueError:
+        raise InputError(
+            f"--to {target!r}: wants IP:PORT, with /udp or /sctp behind it for those, such as 10.96.0.10:53/udp"
+        ) from None
+    try:
+        return Packet(str(IPv4Address(source)), destination, int(match[2]), match[3] or "tcp", interface)
+    except AddressValueError:
+        raise InputError(f"--from {source!r}: wants an IPv4 address") from None
+
+
+def find_fate(given: ProxyInput, packet: Packet) -> Fate:
+    """Walk a packet through what kube-proxy writes on the node.
+
+    Raises:
+        InputError: what happens to the packet depends on chance in kind, not only in the endpoint.
+    """
+    here = Node(frozenset(given.addresses))
+    try:
+        if given.config.mode == "nftables":
+            settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
+            renderer = NftablesRenderer(settings)
+            renderer.full(given.state, None)
+            return trace_nftables(renderer.wanted(), packet, here)
+        return trace(parse_rules(render(given)), packet, here)
+    except ValueError as error:
+        raise InputError(f"cannot follow the packet: {error}") from error
+
+
+def explain_json(given: ProxyInput, packet: Packet, fate: Fate) -> str:
+    """Return a walk as JSON."""
+    return json.dumps(
+        {
+            "mode": given.config.mode,
+            "node": given.node.name,
+            "from": packet.source,
+            "to": f"{packet.destination}:{packet.port}",
+            "protocol": packet.protocol,
+            "fate": fate.verdict.value,
+            "endpoints": list(fate.endpoints),
+            "masquerade": fate.masquerade,
+            "rules": list(fate.rules),
+        },
+        indent=2,
+    )
+
+
+def explain_text(given: ProxyInput, packet: Packet, fate: Fate) -> str:
+    """Return a walk for people: the rules met, in order, and how it ends."""
+    paint = _bold if sys.stdout.isatty() else str
+    mode, node = given.config.mode, given.node.name
+    lines = [
+        paint(f"{packet.source} → {packet.destination}:{packet.port}/{packet.protocol} at {node}, {mode} mode"),
+        "",
+        *_walk(fate.rules),
+        "",
+    ]
+    if fate.verdict is Verdict.ENDPOINT:
+        chance = f", one of {len(fate.endpoints)} by chance" if len(fate.endpoints) > 1 else ""
+        lines.append(f"fate    {paint(' or '.join(fate.endpoints))}{chance}")
+        lines.append(f"source  {_seen_source(packet, fate)}")
+    else:
+        lines.append(f"fate    {paint(_ENDS[fate.verdict])}")
+    return "\n".join(lines)
+
+
+def _walk(rules: Sequence[str]) -> list[str]:
+    """Return the rules under the heading of their chain or table."""
+    if not rules:
+        return ["no rule of kube-proxy is met"]
+    lines: list[str] = []
+    last = ""
+    for number, rule in enumerate(rules, start=1):
+        place, _, text = rule.partition(": ")
+        if place != last:
+            lines.append(f"  {place}")
+            last = place
+        lines.append(f"    {number:>2}  {text}")
+    return lines
+
+
+def _seen_source(packet: Packet, fate: Fate) -> str:
+    if not fate.masquerade:
+        return f"kept: the endpoint sees {packet.source}"
+    if any(endpoint.startswith(f"{packet.source}:") for endpoint in fate.endpoints) and len(fate.endpoints) > 1:
+        return "hidden (masqueraded), for this packet at least if it is sent to where it came from"
+    return "hidden (masqueraded): the endpoint sees an address of the node"
+
+
+def _bold(text: str) -> str:
+    return click.style(text, bold=True)

@@ -1,0 +1,101 @@
+"""What differs between kube-proxy's modes, as far as its main loop is concerned: appliers, leftovers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any, Protocol
+
+from testbed.dataplane import nft_names
+from testbed.dataplane.state import ProxyState
+from testbed.errors import MissingFeature
+from testbed.kernel.iptables import Iptables, detect_backend
+from testbed.kernel.nft_netlink import send
+from testbed.kernel.nftables import Nftables, check_kernel, read_generation
+from testbed.kernel.runner import Runner
+from testbed.model.proxyconfig import KubeProxyConfig
+from testbed.model.service import NodeView
+from testbed.programs.proxy_iptables import IptablesProxier, clean_up
+from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_tables
+
+MODES = ("iptables", "nftables")
+
+
+class Proxier(Protocol):
+    """One proxy mode's way of making a node's kernel equal to a state."""
+
+    def make_settings(
+        self,
+        config: KubeProxyConfig,
+        node: NodeView,
+        local_addresses: Collection[IPv4Address],
+        service_cidrs: Collection[IPv4Network] = (),
+    ) -> Any: ...
+
+    def sync(self, state: ProxyState, changed: frozenset[Any], settings: Any) -> Any: ...
+
+    def require_full(self) -> None: ...
+
+    def find_damage(self) -> str: ...
+
+
+def make_proxier(
+    config: KubeProxyConfig, runner: Runner, backend: str = "", *, lock_file: str = "", own_namespace: bool = True
+) -> Proxier:
+    """Return the applier of the configured mode.
+
+    Args:
+        config: Says which mode.
+        runner: Runs tools in the node's network namespace.
+        backend: For iptables mode: ``legacy`` or ``nft``; '' is what the node uses.
+        lock_file: For iptables mode: where the xtables lock is, when not where it usually is.
+        own_namespace: This process is in that namespace, too.
+
+    Raises:
+        MissingFeature: this mode's tools are not installed, or the mode is not there.
+        KernelError: the kernel does not have what the mode needs.
+    """
+    if config.mode == "iptables":
+        tools = Iptables(runner, detect_backend(runner, backend), **({"lock_file": lock_file} if lock_file else {}))
+        return IptablesProxier(tools, clean_every_s=config.sync_period_s)
+    if config.mode == "nftables":
+        check_kernel(runner)
+        direct: dict[str, Any] = {"generation": read_generation, "send": send} if own_namespace else {}
+        table = Nftables(runner, nft_names.FAMILY, nft_names.TABLE, **direct)
+        return NftablesProxier(table, deletes_at_once=deletes_at_once(os.uname().release))
+    raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use {' or '.join(MODES)}")
+
+
+def clean_up_other_modes(config: KubeProxyConfig, runner: Runner, backend: str = "") -> None:
+    """Remove what another mode left that is certainly not in use.
+
+    nftables mode removes what iptables mode wrote, the others the nftables tables. iptables and ipvs share chains, and
+    leave each other's.
+
+    Raises:
+        KernelError: a tool refused.
+    """
+    if config.mode == "nftables":
+        _clean_up_iptables(runner, backend)
+    else:
+        remove_tables(runner)
+
+
+def clean_up_all(runner: Runner, backend: str = "") -> None:
+    """Do what ``kube-proxy --cleanup`` does, for every mode.
+
+    Raises:
+        KernelError: a tool refused.
+    """
+    _clean_up_iptables(runner, backend)
+    remove_tables(runner)
+
+
+def _clean_up_iptables(runner: Runner, backend: str) -> None:
+    try:
+        iptables = Iptables(runner, detect_backend(runner, backend))
+        if "KUBE-" in iptables.save():
+            clean_up(iptables)
+    except MissingFeature:
+        return  # then nobody wrote anything with it
