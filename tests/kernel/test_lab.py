@@ -269,3 +269,20 @@ def test_missing_tool(tmp_path: Path) -> None:
         (tmp_path / tool).symlink_to("/bin/true")
     done = command("up", "x", status=3, env={**os.environ, "PATH": str(tmp_path)})
     assert "missing: tini; install with `apt-get install tini`" in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["legacy", "nft"])
+def test_the_backend_of_iptables_can_be_chosen(backend: str) -> None:
+    """What up says is what ``iptables`` is in a node, and where kube-proxy's rules are."""
+    name = f"{backend}-{os.getpid()}"
+    try:
+        assert (
+            f"kube-proxy mode iptables, iptables-{backend}" in command("up", name, "--iptables-backend", backend).stdout
+        )
+        version = command("exec", "-l", name, "node1", "--", "iptables", "--version").stdout
+        assert {"legacy": "(legacy)", "nft": "(nf_tables)"}[backend] in version
+        assert "KUBE-SERVICES" in command("exec", "-l", name, "node1", "--", "iptables-save", "-t", "nat").stdout
+        [row] = [row for row in json.loads(command("ls", "-o", "json").stdout) if row["name"] == name]
+        assert row["iptablesBackend"] == backend
+    finally:
+        command("down", name)

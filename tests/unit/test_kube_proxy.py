@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from proxy_support import NODE, FakeIptables, endpoint, endpoint_slice, node_object, service
 
+from testbed.dataplane.chains import service_suffix
 from testbed.dataplane.flows import UdpFlow
 from testbed.errors import ApiError, InputError, LabError, LockHeld
 from testbed.kernel.iptables import Backend, Iptables
 from testbed.model.proxyconfig import parse_proxy_config
-from testbed.model.service import parse_node
+from testbed.model.service import ServicePortName, parse_node
 from testbed.programs.answers import Answer, Listener
 from testbed.programs.kube_proxy import (
     NODES,
@@ -39,6 +40,7 @@ from testbed.programs.kube_proxy import (
 from testbed.programs.proxy_iptables import IptablesProxier
 from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
 
+SUFFIX = service_suffix(ServicePortName("ns", "web", "p80", "TCP"))
 SVC, SLICE = service("web", "172.30.0.41"), endpoint_slice("web", endpoint("10.180.0.1"))
 
 
@@ -627,3 +629,24 @@ def test_how_long_programming_took_is_measured_from_the_slices_annotation() -> N
     assert 'kubeproxy_network_programming_duration_seconds_bucket{le="2"} 1' in text
     assert 'kubeproxy_sync_proxy_rules_iptables_last{table="nat"} 4' in text
     assert "kubeproxy_sync_proxy_rules_endpoint_changes_total 1" in text
+
+
+def test_in_a_large_cluster_unused_chains_go_once_per_sync_period() -> None:
+    """Above 1000 endpoints the chain of an endpoint that left stays until a change after syncPeriod."""
+    names = [f"10.181.{n // 250}.{n % 250 + 1}" for n in range(1002)]
+    proxy = Proxy()
+    proxy.start([SVC], [endpoint_slice("web", *map(endpoint, names))])
+
+    def chains() -> int:
+        return sum(chain.startswith("KUBE-SEP-") for chain in proxy.iptables.tables["nat"])
+
+    proxy.accept(Changed(SLICES, False, endpoint_slice("web", *map(endpoint, names[:1001]))))
+    assert "10.181.4.2:80" not in "".join(proxy.iptables.tables["nat"][f"KUBE-SVC-{SUFFIX}"])
+    assert chains() == 1002
+    proxy.sleep(31)
+    proxy.accept(Changed(SLICES, False, endpoint_slice("web", *map(endpoint, names[:1001]), endpoint("10.182.0.1"))))
+    assert chains() == 1002
+    assert proxy.log == []
+    proxy.accept(Changed(SLICES, False, endpoint_slice("web", *map(endpoint, names[:10]))))
+    proxy.sleep(2)
+    assert chains() == 10  # small again: at once
