@@ -235,22 +235,30 @@ class Spawner:
     def _fill_volume(self, sandbox: _Sandbox, name: str, files: Mapping[str, str] | None) -> None:
         """Make a volume's files be exactly these, each replaced in one step so that no reader sees half of one."""
         folder = Path(sandbox.folder, "volumes", name)
+        is_new = not folder.exists()
         folder.mkdir(exist_ok=True)
         if files is None:
             folder.chmod(0o777)  # an emptyDir, open to every user of the pod
             return
         wanted = set()
         for relative, text in files.items():
-            path = folder / relative
-            if not path.resolve().is_relative_to(folder.resolve()):
+            # only we write into it (pods have it read-only), so there are no links that could lead elsewhere
+            inside = os.path.normpath(relative)
+            if inside.startswith(("/", "../")) or inside in (".", ".."):
                 raise InputError(f"{sandbox.name}: volume {name!r}: file name {relative!r} leads out of the volume")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = folder / inside
+            if "/" in inside:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            if is_new:
+                path.write_text(text)  # nobody can read it yet
+                continue
             new = path.with_name(f"..{path.name}.new")
             new.write_bytes(text.encode(errors="surrogateescape"))  # binary data comes like this
             new.replace(path)
             wanted.add(path)
-        for path in [path for path in folder.rglob("*") if path.is_file() and path not in wanted]:
-            path.unlink()
+        if not is_new:
+            for path in [path for path in folder.rglob("*") if path.is_file() and path not in wanted]:
+                path.unlink()
 
     # -- containers ------------------------------------------------------------------------------------------------
 

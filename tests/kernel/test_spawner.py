@@ -248,6 +248,9 @@ def test_a_link_in_a_container_does_not_lead_a_mount_out_of_it(spawner: socket.s
         escape = (Mount(volume="scratch", path="/x", sub_path="../../../etc"),)
         with pytest.raises(InputError, match="subPath '../../../etc' leads out of volume 'scratch'"):
             await runtime.start_container(container("true", container_id="c2", mounts=escape))
+        for name in ("../../x", "/x", "a/../../x"):
+            with pytest.raises(InputError, match="leads out of the volume"):
+                await runtime.update_volume("uid-1", "scratch", {name: "text"})
         return seen
 
     assert with_runtime(spawner, test) == "/run/data\n"
