@@ -412,14 +412,24 @@ def nft() -> Iterator[Runner]:
 def test_missing_tool_is_named() -> None:
     """The error says which package has it; a kernel without nf_tables is told apart."""
     with pytest.raises(MissingFeature, match=r"nft is not installed \(apt-get install nftables\)"):
-        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}))
+        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}), "6.1.0")
 
     class NoKernel:
         def run(self, argv: list[str], *, stdin: str = "", timeout_s: float = 60) -> str:
             raise CommandError(argv, 1, "cache initialization failed: Protocol not supported")
 
     with pytest.raises(KernelError, match="nftables does not work here.*Protocol not supported"):
-        check_kernel(NoKernel())
+        check_kernel(NoKernel(), "6.1.0")
+
+
+def test_old_kernels_are_refused() -> None:
+    """As upstream: 5.13 at least, unless the version is not to be looked at."""
+    with pytest.raises(
+        MissingFeature, match=r"wants Linux 5.13 or newer, this is 5.10.0-28-amd64 \(set KUBE_PROXY_NFTABLES_SKIP"
+    ):
+        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}), "5.10.0-28-amd64")
+    with pytest.raises(MissingFeature, match="nft is not installed"):
+        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}), "5.10.0-28-amd64", skip_version=True)
 
 
 @pytest.mark.parametrize(
