@@ -17,7 +17,7 @@ from testbed.dataplane.changes import ChangeTracker
 from testbed.dataplane.iptables import IptablesSettings, make_settings, saved_form
 from testbed.dataplane.nftables import NftablesSettings, make_nftables_settings
 from testbed.dataplane.state import ProxyState
-from testbed.errors import CommandError, KernelError
+from testbed.errors import CommandError, KernelError, MissingFeature
 from testbed.kernel.iptables import Backend
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.model.proxyconfig import parse_proxy_config
@@ -141,6 +141,10 @@ class FakeIptables:
         self.calls.append(list(argv))
         if argv[0] == "iptables":
             return "iptables v1.8.9 (legacy)\n"
+        if argv[0] == "cat":
+            return "\n".join(self.tables)
+        if argv[0].startswith("iptables-nft"):
+            raise MissingFeature(f"{argv[0]} is not installed")
         if argv[0] == "iptables-legacy-save":
             return self._save()
         assert argv[0] == "iptables-legacy-restore" and "--noflush" in argv, argv

@@ -6,6 +6,7 @@ rules, so a node must use one of them throughout.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from testbed.errors import CommandError, InputError, LockHeld, RulesRejected
+from testbed.errors import CommandError, InputError, LockHeld, MissingFeature, RulesRejected
 from testbed.kernel.runner import Runner
 
 #: How long the holder of the xtables lock is waited for.
@@ -22,6 +23,7 @@ LOCK_WAIT_S: Final = 5
 _LOCK_FILE: Final = "/run/xtables.lock"
 
 _CONTEXT_LINES: Final = 2
+_KUBELET_CHAINS: Final = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 
 
 class Backend(StrEnum):
@@ -32,7 +34,11 @@ class Backend(StrEnum):
 
 
 def detect_backend(runner: Runner, wanted: str = "") -> Backend:
-    """Return the wanted backend, or the one that plain ``iptables`` is on this machine.
+    """Return the wanted backend, or the one that the node uses: where a kubelet has left its chains.
+
+    Without such chains it is the one that plain ``iptables`` is on this machine.
+
+    Source: kubernetes-sigs/iptables-wrappers, which chooses so inside of kube-proxy's image.
 
     Raises:
         InputError: there is no backend of that name.
@@ -42,6 +48,23 @@ def detect_backend(runner: Runner, wanted: str = "") -> Backend:
         if wanted not in set(Backend):
             raise InputError(f"there is no iptables backend {wanted!r}; the backends are {', '.join(Backend)}")
         return Backend(wanted)
+    for backend in (Backend.NFT, Backend.LEGACY):
+        with contextlib.suppress(MissingFeature, CommandError):
+            # The legacy tool would make a table that is not there.
+            if backend is Backend.LEGACY and "mangle" not in runner.run(["cat", "/proc/net/ip_tables_names"]).split():
+                continue
+            saved = runner.run([f"iptables-{backend}-save", "-t", "mangle"])
+            if any(f":{chain} " in saved for chain in _KUBELET_CHAINS):
+                return backend
+    return default_backend(runner)
+
+
+def default_backend(runner: Runner) -> Backend:
+    """Return the backend that plain ``iptables`` is on this machine.
+
+    Raises:
+        MissingFeature: it is not installed.
+    """
     version = runner.run(["iptables", "--version"])
     return Backend.NFT if "nf_tables" in version else Backend.LEGACY
 

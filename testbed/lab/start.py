@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
-from testbed.kernel.iptables import detect_backend
+from testbed.kernel.iptables import default_backend, detect_backend
 from testbed.kernel.runner import SubprocessRunner
 from testbed.lab.folder import LabFolder, LabRecord, claim_folder, find_record, list_records
 from testbed.lab.handle import Lab
@@ -66,7 +66,8 @@ def choose_iptables_backend(wanted: str = "") -> str:
     Raises:
         MissingFeature: its tools are not installed.
     """
-    backend = detect_backend(SubprocessRunner(), wanted)
+    runner = SubprocessRunner()
+    backend = detect_backend(runner, wanted) if wanted else default_backend(runner)  # a lab's nodes have no past
     tool = f"iptables-{backend}-restore"
     if shutil.which(tool) is None:
         raise MissingFeature(

@@ -168,7 +168,7 @@ def test_backend_is_the_machines_unless_chosen(version: str, wanted: Backend) ->
     """``iptables --version`` decides; old releases have one backend and do not name it."""
 
     class Versions:
-        run: Callable[..., str] = staticmethod(lambda argv, **_: version)
+        run: Callable[..., str] = staticmethod(lambda argv, **_: version if argv[0] == "iptables" else "")
 
     assert detect_backend(Versions()) is wanted
     assert detect_backend(Versions(), "nft") is Backend.NFT
@@ -190,3 +190,13 @@ def test_backend_is_the_machines_unless_chosen(version: str, wanted: Backend) ->
 def test_refused_lines(stderr: str, lines: tuple[int, ...]) -> None:
     """All forms of refusal name their lines; other failures have none."""
     assert refused_lines(stderr) == lines
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("backend", list(Backend), ids=lambda backend: backend.value)
+@pytest.mark.parametrize("chain", ["KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"])
+def test_backend_is_where_a_kubelet_left_its_chains(backend: Backend, chain: str, tmp_path: Path) -> None:
+    """On a node of a real cluster the kubelet's choice counts, whatever ``iptables`` is there."""
+    with real_iptables(backend, tmp_path) as runner:
+        Iptables(runner, backend).apply(f"*mangle\n:{chain} - [0:0]\nCOMMIT\n")
+        assert detect_backend(runner) is backend
