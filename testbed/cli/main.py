@@ -363,16 +363,16 @@ def proxy_sync(
     config: Path | None,
     node: str | None,
     mode: str | None,
-    iptables_backend: str | None,
+    iptables_backend: str,
     cleanup: bool,
 ) -> int:
     """Write kube-proxy's rules into the network namespace you are in, once, as on a node of your own."""
     from testbed.cli.proxy import clean_up, read_input, sync
 
     if cleanup:
-        clean_up(iptables_backend or "")
+        clean_up(iptables_backend)
         return 0
-    return sync(read_input(files, _need(node, files), mode, config), iptables_backend or "")
+    return sync(read_input(files, _need(node, files), mode, config), iptables_backend)
 
 
 @proxy.command("explain")
