@@ -62,7 +62,7 @@ def _lab_option(command: F) -> F:
 
 def _backend_option(command: F) -> F:
     return click.option(
-        "--iptables-backend", type=click.Choice(["legacy", "nft"]), callback=lambda context, option, value: value or "",
+        "--iptables-backend", type=click.Choice(["legacy", "nft"]),
         help="Which iptables to use, instead of this machine's.",
     )(command)  # fmt: skip
 
@@ -82,7 +82,7 @@ def _output_option(*formats: str) -> Callable[[F], F]:
     "-f", "--filename", "manifests", metavar="MANIFEST", multiple=True, help="Objects to create once it is ready."
 )
 def up(
-    name: str, topology: str, proxy_mode: str | None, iptables_backend: str, manifests: tuple[str, ...]
+    name: str, topology: str, proxy_mode: str | None, iptables_backend: str | None, manifests: tuple[str, ...]
 ) -> None:  # fmt: skip
     """Start a lab in the background and return when it is ready."""
     import time
@@ -97,7 +97,7 @@ def up(
         loaded = problems.load(load_topology, find_topology(topology))
         objects = [found for manifest in manifests for found in problems.load(load_objects, Path(manifest)) or ()]
     mode = check_mode(proxy_mode or loaded.proxy_mode)
-    backend = choose_iptables_backend(iptables_backend)
+    backend = choose_iptables_backend(iptables_backend or "")
     with start_lab(
         loaded, name=name, proxy_mode=mode, iptables_backend=backend, attached=True, on_progress=_progress
     ) as lab:
@@ -248,7 +248,7 @@ def mininet_cli(lab: str | None) -> int:
 def run(
     scenarios: tuple[str, ...],
     modes: tuple[str, ...],
-    iptables_backend: str,
+    iptables_backend: str | None,
     output: str,
     report_folder: Path | None,
     keep: bool,
@@ -256,7 +256,7 @@ def run(
     """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
     from testbed.cli.run import run_scenarios
 
-    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend, output, report_folder, keep)
+    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend or "", output, report_folder, keep)
 
 
 @cli.command()
@@ -319,16 +319,16 @@ def proxy_sync(
     config: Path | None,
     node: str | None,
     mode: str | None,
-    iptables_backend: str,
+    iptables_backend: str | None,
     cleanup: bool,
 ) -> int:
     """Write kube-proxy's rules into the network namespace you are in, once, as on a node of your own."""
     from testbed.cli.proxy import clean_up, read_input, sync
 
     if cleanup:
-        clean_up(iptables_backend)
+        clean_up(iptables_backend or "")
         return 0
-    return sync(read_input(files, _need(node, files), mode, config), iptables_backend)
+    return sync(read_input(files, _need(node, files), mode, config), iptables_backend or "")
 
 
 @proxy.command("explain")

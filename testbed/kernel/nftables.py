@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from testbed.errors import CommandError, KernelError
+from testbed.errors import CommandError, KernelError, MissingFeature
 from testbed.kernel.iptables import rejected
 from testbed.kernel.nft_netlink import encode
 from testbed.kernel.runner import Runner
@@ -16,6 +16,8 @@ from testbed.kernel.runner import Runner
 #: A first load of 10,000 Services takes the kernel a quarter of a minute.
 _TIMEOUT_S: Final = 300.0
 
+_OLDEST_KERNEL: Final = (5, 13)
+SKIP_VERSION: Final = "KUBE_PROXY_NFTABLES_SKIP_KERNEL_VERSION_CHECK"
 #: Commands in a transaction that is sent without nft; many more, and reading what is there is no longer most of nft's time.
 _MOST_DIRECT: Final = 200
 
@@ -114,16 +116,35 @@ class Nftables:
         return batch is not None and self._send(batch)
 
 
-def check_kernel(runner: Runner) -> None:
-    """Return when nft and nf_tables are there.
+def check_kernel(runner: Runner, release: str, *, skip_version: bool = False) -> None:
+    """Return when nft and nf_tables are there, and new enough.
+
+    Args:
+        runner: Runs nft.
+        release: ``os.uname().release``.
+        skip_version: Do not look at the kernel's version: upstream's KUBE_PROXY_NFTABLES_SKIP_KERNEL_VERSION_CHECK.
 
     Raises:
-        MissingFeature: nft is not installed.
+        MissingFeature: nft is not installed, or the kernel is too old.
         KernelError: nft cannot reach nf_tables here.
+
+    Source: kubernetes pkg/proxy/nftables/supported.go (v1.36).
     """
+    version = kernel_version(release)
+    if not skip_version and version < _OLDEST_KERNEL:
+        raise MissingFeature(
+            f"nftables mode wants Linux {'.'.join(map(str, _OLDEST_KERNEL))} or newer, this is {release} "
+            f"(set {SKIP_VERSION}=1 to try all the same)"
+        )
     try:
         runner.run(["nft", "list", "tables"])
     except CommandError as error:
         raise KernelError(
             f"nftables does not work here (kernel option CONFIG_NF_TABLES): {error.stderr.strip()}"
         ) from error
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """Return major and minor version of a kernel release such as ``6.1.0-18-amd64``; (0, 0) for other text."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -12,7 +12,7 @@ from testbed.dataplane.state import ProxyState
 from testbed.errors import MissingFeature
 from testbed.kernel.iptables import Iptables, detect_backend
 from testbed.kernel.nft_netlink import send
-from testbed.kernel.nftables import Nftables, check_kernel, read_generation
+from testbed.kernel.nftables import SKIP_VERSION, Nftables, check_kernel, read_generation
 from testbed.kernel.runner import Runner
 from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import NodeView
@@ -60,10 +60,11 @@ def make_proxier(
         tools = Iptables(runner, detect_backend(runner, backend), **({"lock_file": lock_file} if lock_file else {}))
         return IptablesProxier(tools, clean_every_s=config.sync_period_s)
     if config.mode == "nftables":
-        check_kernel(runner)
+        release = os.uname().release
+        check_kernel(runner, release, skip_version=bool(os.environ.get(SKIP_VERSION)))
         direct: dict[str, Any] = {"generation": read_generation, "send": send} if own_namespace else {}
         table = Nftables(runner, nft_names.FAMILY, nft_names.TABLE, **direct)
-        return NftablesProxier(table, deletes_at_once=deletes_at_once(os.uname().release))
+        return NftablesProxier(table, deletes_at_once=deletes_at_once(release))
     raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use {' or '.join(MODES)}")
 
 

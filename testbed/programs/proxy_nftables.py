@@ -19,7 +19,7 @@ from testbed.dataplane.nftables import (
 )
 from testbed.dataplane.state import ProxyState
 from testbed.errors import MissingFeature, RulesRejected
-from testbed.kernel.nftables import Nftables
+from testbed.kernel.nftables import Nftables, kernel_version
 from testbed.kernel.runner import Runner
 from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import NodeView, ServicePortName
@@ -214,8 +214,4 @@ def remove_tables(runner: Runner) -> None:
 
 def deletes_at_once(release: str) -> bool:
     """Say whether a kernel (``os.uname().release``) lets go of a chain in the transaction that removes what leads there."""
-    major, _, rest = release.partition(".")
-    minor = rest.partition(".")[0]
-    if not (major.isdigit() and minor.isdigit()):
-        return False
-    return (int(major), int(minor)) >= (6, 2)
+    return kernel_version(release) >= (6, 2)

@@ -255,6 +255,25 @@ def test_others_tables_stay(nft: Runner) -> None:
     assert nft.run(["nft", "list", "tables"]) == "table ip mine\n"
 
 
+@pytest.mark.root
+def test_clients_stay_known(nft: Runner) -> None:
+    """Who was recorded by session affinity outlives changes of other Services, of its own, and full syncs."""
+    table, tracker, settings = kube_proxy_table(nft), ChangeTracker(NODE), nftables_settings()
+    tracker.replace_services(SERVICES)
+    tracker.replace_slices(SLICES)
+    proxier = NftablesProxier(table)
+    proxier.sync(*tracker.take(), settings)
+    affinity_set = next(name for name in listed(table).sets if name.startswith("affinity-") and "10.180.0.1" in name)
+    table.apply(f"add element ip kube-proxy {affinity_set} {{ 203.0.113.9 }}\n")  # as a packet would
+    tracker.set_slice(endpoint_slice("db", endpoint("10.180.0.3")))
+    proxier.sync(*tracker.take(), settings)
+    tracker.set_slice(endpoint_slice("web", endpoint("10.180.0.1"), endpoint("10.180.1.9", "node2")))
+    proxier.sync(*tracker.take(), settings)
+    assert NftablesProxier(table).sync(tracker.take()[0], NOTHING, settings).payload.text == ""
+    assert "203.0.113.9 expires" in nft.run(["nft", "list", "set", "ip", "kube-proxy", affinity_set])
+    remove_tables(nft)
+
+
 class TestRefusal:
     """A command that the kernel refuses concerns the Service it is for."""
 
@@ -393,14 +412,24 @@ def nft() -> Iterator[Runner]:
 def test_missing_tool_is_named() -> None:
     """The error says which package has it; a kernel without nf_tables is told apart."""
     with pytest.raises(MissingFeature, match=r"nft is not installed \(apt-get install nftables\)"):
-        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}))
+        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}), "6.1.0")
 
     class NoKernel:
         def run(self, argv: list[str], *, stdin: str = "", timeout_s: float = 60) -> str:
             raise CommandError(argv, 1, "cache initialization failed: Protocol not supported")
 
     with pytest.raises(KernelError, match="nftables does not work here.*Protocol not supported"):
-        check_kernel(NoKernel())
+        check_kernel(NoKernel(), "6.1.0")
+
+
+def test_old_kernels_are_refused() -> None:
+    """As upstream: 5.13 at least, unless the version is not to be looked at."""
+    with pytest.raises(
+        MissingFeature, match=r"wants Linux 5.13 or newer, this is 5.10.0-28-amd64 \(set KUBE_PROXY_NFTABLES_SKIP"
+    ):
+        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}), "5.10.0-28-amd64")
+    with pytest.raises(MissingFeature, match="nft is not installed"):
+        check_kernel(SubprocessRunner({"PATH": "/nonexistent"}), "5.10.0-28-amd64", skip_version=True)
 
 
 @pytest.mark.parametrize(
