@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SIZES = (1000, 5000, 10000)
 ENDPOINTS = 3
-ROUNDS = 2
+ROUNDS = 4
 CHANGES = 5
 MOST_FULL_RATIO, MOST_CHANGE_RATIO = 1.5, 1.3
 MOST_CHANGE_S_AT_5000 = {"iptables": 0.6, "nftables": 0.05}

@@ -113,6 +113,7 @@ def _kube_proxy(api_folder: str, iptables_backend: str) -> Object:
         "volumeMounts": [
             {"name": "kube-proxy", "mountPath": "/var/lib/kube-proxy"},
             {"name": "api", "mountPath": "/var/run/testbed"},
+            {"name": "xtables-lock", "mountPath": "/run/xtables.lock"},
         ],
     }
     template = {
@@ -127,6 +128,8 @@ def _kube_proxy(api_folder: str, iptables_backend: str) -> Object:
             "volumes": [
                 {"name": "kube-proxy", "configMap": {"name": "kube-proxy"}},
                 {"name": "api", "hostPath": {"path": api_folder, "type": "Directory"}},
+                # the lock of whoever else uses iptables on the node
+                {"name": "xtables-lock", "hostPath": {"path": "/run/xtables.lock", "type": "FileOrCreate"}},
             ],
         },
     }

@@ -194,6 +194,8 @@ class ClusterNode(OutsideHost):
 
     def set_up(self) -> None:
         super().set_up()
+        with open("/run/xtables.lock", "w"):  # shared with kube-proxy's pod, which finds it as on a node in use
+            pass
         if self.params["iptables_backend"]:
             choose_iptables(self.params["iptables_backend"])
 

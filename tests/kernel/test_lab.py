@@ -338,3 +338,12 @@ def test_the_backend_of_iptables_can_be_chosen(backend: str) -> None:
         assert row["iptablesBackend"] == backend
     finally:
         command("down", name)
+
+
+def test_kube_proxy_shares_the_nodes_xtables_lock(lab: str) -> None:
+    """Who takes the lock on a node keeps kube-proxy waiting, and the other way round: it is one file, one for each node."""
+    stat = ("stat", "-c", "%d:%i", "/run/xtables.lock")
+    of_nodes = {command("exec", "-l", lab, node, "--", *stat).stdout for node in ("node1", "node2", "node3")}
+    of_pods = {command("exec", "-l", lab, pod, "--", *stat).stdout for pod in _kube_proxy_pods(lab)}
+    assert len(of_nodes) == 3
+    assert of_pods == of_nodes
