@@ -22,6 +22,7 @@ from testbed.errors import InputError, KernelError
 from testbed.kernel import linux
 from testbed.kubelet.logs import ContainerLog
 from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
+from testbed.lab.frames import send_frame
 from testbed.lab.runtime import SpawnerRuntime
 from testbed.lab.sessions import FdInput, FdSession
 from testbed.model.topology import Network, NodeSpec, Topology
@@ -37,6 +38,33 @@ TOPOLOGY = Topology(name="t", networks=(LAN,), nodes=(NODE,))
 @pytest.fixture
 def spawner() -> Iterator[socket.socket]:
     """A connection to a spawner with a network of one node, in namespaces that end with it."""
+    with started_spawner() as connection:
+        yield connection
+
+
+@pytest.fixture
+def spawner_and_forker() -> Iterator[tuple[socket.socket, Callable[[], int]]]:
+    """The same with a forker, and how to ask for its pid."""
+    with started_spawner(with_forker=True) as connection:
+
+        def forker() -> int:
+            of_this_test = children(os.getpid())
+            found = [pid for parent in of_this_test for pid in children(parent) if name_of(pid) == "forker"]
+            return found[0] if found else 0
+
+        yield connection, forker
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+@contextlib.contextmanager
+def started_spawner(*, with_forker: bool = False) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     folder = tempfile.mkdtemp(prefix="testbed-spawner-")
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
@@ -44,14 +72,16 @@ def spawner() -> Iterator[socket.socket]:
     pid = os.fork()
     linux_restore(own)
     if pid == 0:
-        be_spawner(theirs, folder)
+        be_spawner(theirs, folder, with_forker=with_forker)
     theirs.close()
-    yield ours
-    ours.close()
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.rmdir(f"{folder}/private")
-    os.rmdir(folder)
+    try:
+        yield ours
+    finally:
+        ours.close()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.rmdir(f"{folder}/private")
+        os.rmdir(folder)
 
 
 def linux_restore(own: int) -> None:
@@ -60,16 +90,17 @@ def linux_restore(own: int) -> None:
     os.close(own)
 
 
-def be_spawner(connection: socket.socket, folder: str) -> None:
+def be_spawner(connection: socket.socket, folder: str, *, with_forker: bool) -> None:
     try:
         linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
         linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
         linux.mount("proc", "/proc", "proc")
         os.mkdir(f"{folder}/private")
         linux.mount("tmpfs", f"{folder}/private", "tmpfs")
+        from testbed.lab.forker import start_forker
         from testbed.lab.spawner import Spawner
 
-        made = Spawner(TOPOLOGY, folder, connection)
+        made = Spawner(TOPOLOGY, folder, connection, start_forker() if with_forker else None)
         made.network.build_topology()
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(b"\0" + folder.encode())
@@ -498,3 +529,84 @@ def test_a_user_without_capabilities(spawner: socket.socket) -> None:
 
     nothing = "CapEff: 0000000000000000"
     assert with_runtime(spawner, test) == [f"{ids} {nothing}" for ids in ("2000 0", "2000 2000", "0 0", "0 2000")]
+
+
+def test_a_container_that_is_removed_while_its_end_is_told(spawner: socket.socket) -> None:
+    """Why one does not start is answered before it is reaped; who removes it then at once disturbs nobody."""
+
+    async def test(runtime: Runtime) -> str:
+        await runtime.create_sandbox(sandbox())
+        for number in range(60):
+            name = f"c{number}"
+            with pytest.raises(KernelError, match="executable file not found"):
+                await runtime.start_container(container("nosuch", container_id=name))
+            await runtime.remove_container(name)
+        await runtime.start_container(container("sleep", "60", container_id="last"))
+        return await shell(runtime, "echo lives", "last")
+
+    assert with_runtime(spawner, test) == "lives\n"
+
+
+def test_a_container_that_is_removed_while_something_runs_in_it(spawner: socket.socket) -> None:
+    """Its first process ends only once the spawner has reaped what was executed in it."""
+
+    async def test(runtime: Runtime) -> str:
+        await runtime.create_sandbox(sandbox())
+        for number in range(30):
+            name = f"c{number}"
+            await runtime.start_container(container("sleep", "60", container_id=name))
+            await asyncio.gather(
+                runtime.signal_container(name, signal.SIGKILL), runtime.exec(name, ["true"], timeout_s=0.01),
+                runtime.remove_container(name), return_exceptions=True,
+            )  # fmt: skip
+        await runtime.start_container(container("sleep", "60", container_id="last"))
+        return await shell(runtime, "echo lives", "last")
+
+    assert with_runtime(spawner, test) == "lives\n"
+
+
+def test_one_bad_request_is_nobody_elses(capfd: pytest.CaptureFixture[str], spawner: socket.socket) -> None:
+    """A handler that fails after its answer is logged with where, and the next request is answered."""
+
+    async def test(runtime: Runtime) -> str:
+        await running(runtime)
+        send_frame(spawner, ("no number", "no_such_operation"))
+        return await shell(runtime, "echo lives")
+
+    assert with_runtime(spawner, test) == "lives\n"
+    assert "ValueError: not enough values to unpack" in capfd.readouterr().err
+
+
+ECHO: dict[str, Any] = {"builtin": "echo", "builtin_args": {"ports": [("TCP", 80)], "identity": {"pod": "web"}}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_echo_servers_without_their_forker(
+    capfd: pytest.CaptureFixture[str], spawner_and_forker: tuple[socket.socket, Callable[[], int]], number: int
+) -> None:
+    """It dies, or hangs: those that run go on, the next ones come from the spawner, and the log says so."""
+    connection, forker = spawner_and_forker
+
+    async def served(runtime: Runtime, container_id: str) -> None:
+        await runtime.start_container(container(container_id=container_id, **ECHO))
+        while True:
+            try:
+                (await runtime.connect_pod("uid-1", 80, timeout_s=2)).close()
+                return
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.02)
+
+    async def test(runtime: Runtime) -> None:
+        await runtime.create_sandbox(sandbox())
+        await served(runtime, "c1")
+        os.kill(forker(), number)
+        (await runtime.connect_pod("uid-1", 80, timeout_s=2)).close()
+        await runtime.remove_container("c1")
+        await served(runtime, "c2")
+        await runtime.remove_container("c2")
+        await served(runtime, "c3")
+        assert not forker()
+
+    with_runtime(connection, test)
+    said = capfd.readouterr().err
+    assert said.count("from now on they are forked by the spawner") == 1, said
