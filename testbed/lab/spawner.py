@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,11 @@ class Spawner:
             if connection is self._control:
                 self._control_gone()
             return
-        for (number, operation, arguments), fds in messages:
-            self._answer(connection, number, operation, arguments, fds)
+        for message, fds in messages:
+            _call(partial(self._answer, connection, message, fds))
 
-    def _answer(
-        self, connection: socket.socket, number: int, operation: str, arguments: dict[str, Any], fds: list[int]
-    ) -> None:
+    def _answer(self, connection: socket.socket, message: tuple[int, str, dict[str, Any]], fds: list[int]) -> None:
+        number, operation, arguments = message
         answered = False
 
         def reply(value: Any, reply_fds: Sequence[int] = ()) -> None:

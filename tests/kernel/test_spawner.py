@@ -36,16 +36,24 @@ TOPOLOGY = Topology(name="t", networks=(LAN,), nodes=(NODE,))
 
 
 @pytest.fixture
-def spawner() -> Iterator[socket.socket]:
+def log(tmp_path: Path) -> Path:
+    """What the spawner of a test complains about."""
+    path = tmp_path / "lab.log"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def spawner(log: Path) -> Iterator[socket.socket]:
     """A connection to a spawner with a network of one node, in namespaces that end with it."""
-    with started_spawner() as connection:
+    with started_spawner(log) as connection:
         yield connection
 
 
 @pytest.fixture
-def spawner_and_forker() -> Iterator[tuple[socket.socket, Callable[[], int]]]:
+def spawner_and_forker(log: Path) -> Iterator[tuple[socket.socket, Callable[[], int]]]:
     """The same with a forker, and how to ask for its pid."""
-    with started_spawner(with_forker=True) as connection:
+    with started_spawner(log, with_forker=True) as connection:
 
         def forker() -> int:
             of_this_test = children(os.getpid())
@@ -64,7 +72,7 @@ def name_of(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def started_spawner(*, with_forker: bool = False) -> Iterator[socket.socket]:
+def started_spawner(log: Path, *, with_forker: bool = False) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     folder = tempfile.mkdtemp(prefix="testbed-spawner-")
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
@@ -72,7 +80,7 @@ def started_spawner(*, with_forker: bool = False) -> Iterator[socket.socket]:
     pid = os.fork()
     linux_restore(own)
     if pid == 0:
-        be_spawner(theirs, folder, with_forker=with_forker)
+        be_spawner(theirs, folder, log, with_forker=with_forker)
     theirs.close()
     try:
         yield ours
@@ -80,6 +88,7 @@ def started_spawner(*, with_forker: bool = False) -> Iterator[socket.socket]:
         ours.close()
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        sys.stderr.write(log.read_text())
         os.rmdir(f"{folder}/private")
         os.rmdir(folder)
 
@@ -90,7 +99,8 @@ def linux_restore(own: int) -> None:
     os.close(own)
 
 
-def be_spawner(connection: socket.socket, folder: str, *, with_forker: bool) -> None:
+def be_spawner(connection: socket.socket, folder: str, log: Path, *, with_forker: bool) -> None:
+    sys.stderr = log.open("w")
     try:
         linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
         linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
@@ -565,7 +575,7 @@ def test_a_container_that_is_removed_while_something_runs_in_it(spawner: socket.
     assert with_runtime(spawner, test) == "lives\n"
 
 
-def test_one_bad_request_is_nobody_elses(capfd: pytest.CaptureFixture[str], spawner: socket.socket) -> None:
+def test_one_bad_request_is_nobody_elses(spawner: socket.socket, log: Path) -> None:
     """A handler that fails after its answer is logged with where, and the next request is answered."""
 
     async def test(runtime: Runtime) -> str:
@@ -574,7 +584,7 @@ def test_one_bad_request_is_nobody_elses(capfd: pytest.CaptureFixture[str], spaw
         return await shell(runtime, "echo lives")
 
     assert with_runtime(spawner, test) == "lives\n"
-    assert "ValueError: not enough values to unpack" in capfd.readouterr().err
+    assert "ValueError: not enough values to unpack" in log.read_text()
 
 
 ECHO: dict[str, Any] = {"builtin": "echo", "builtin_args": {"ports": [("TCP", 80)], "identity": {"pod": "web"}}}
@@ -582,7 +592,7 @@ ECHO: dict[str, Any] = {"builtin": "echo", "builtin_args": {"ports": [("TCP", 80
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_echo_servers_without_their_forker(
-    capfd: pytest.CaptureFixture[str], spawner_and_forker: tuple[socket.socket, Callable[[], int]], number: int
+    spawner_and_forker: tuple[socket.socket, Callable[[], int]], log: Path, number: int
 ) -> None:
     """It dies, or hangs: those that run go on, the next ones come from the spawner, and the log says so."""
     connection, forker = spawner_and_forker
@@ -608,5 +618,5 @@ def test_echo_servers_without_their_forker(
         assert not forker()
 
     with_runtime(connection, test)
-    said = capfd.readouterr().err
+    said = log.read_text()
     assert said.count("from now on they are forked by the spawner") == 1, said
