@@ -60,8 +60,8 @@ class Forker:
         """Return the pid of a new container's first process, which is a child of the calling process.
 
         Args:
-            order: plain values: ``capabilities`` (a mask, or -1 for what the forker has), ``cwd``, ``uid``, ``gid``,
-                ``groups``, and ``ports``, ``identity`` and ``text`` for `echo.serve`.
+            order: plain values: ``capabilities`` (a mask, or -1 for what the forker has), ``privileged``, ``cwd``,
+                ``uid``, ``gid``, ``groups``, and ``ports``, ``identity`` and ``text`` for `echo.serve`.
             fds: a mount, a network and a UTS namespace; a pipe that closes when the program runs, or says why it does
                 not; standard input, output and error.
 
@@ -145,7 +145,7 @@ def _be_container(
         linux.setns(uts, linux.CLONE_NEWUTS)
         linux.close_range(3, report - 1)
         linux.close_range(report + 1)
-        mount_proc("/proc")
+        mount_proc("/proc", privileged=order["privileged"])
         linux.set_process_name(FORKED_ELSEWHERE)
         if order["cwd"] != "/":
             os.chdir(order["cwd"])

@@ -193,6 +193,23 @@ def test_what_a_container_sees(spawner: socket.socket) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("privileged", [False, True])
+def test_who_may_change_the_kernels_settings(spawner: socket.socket, privileged: bool) -> None:
+    """/proc/sys and /sys are read-only, as with containerd, but to a privileged container."""
+
+    async def test(runtime: Runtime) -> list[str]:
+        await running(runtime, privileged=privileged)
+        script = (
+            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1280 > /sys/class/net/eth0/mtu; cat /sys/class/net/eth0/mtu;"
+            "for path in /proc/sys /proc/irq /proc/bus /proc/fs /sys;"
+            "do findmnt -no OPTIONS --target $path | grep -c ^ro; done"
+        )
+        return [line.rpartition(": ")[2] for line in (await shell(runtime, f"({script}) 2>&1")).splitlines()]
+
+    refused = ["Read-only file system", "Read-only file system"]
+    assert with_runtime(spawner, test) == (["1280", *"00000"] if privileged else [*refused, "1500", *"11111"])
+
+
 def test_a_restart_keeps_the_address_and_loses_the_files(spawner: socket.socket) -> None:
     """What one start wrote is gone in the next, on the same address; the machine's own files never change."""
 

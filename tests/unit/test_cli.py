@@ -510,7 +510,7 @@ def test_an_interrupt_while_modules_are_imported() -> None:
     """Whenever it comes: one line, status 130."""
     code = "import sys, os, signal, runpy; sys.argv = ['testbed', '--version']\n"
     code += "class Interrupted:\n    def find_spec(self, name, *_):\n"
-    code += "        if name == 'click': os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "        if name == 'testbed.cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
     code += "sys.meta_path.insert(0, Interrupted()); runpy.run_module('testbed', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted; nothing was started\n")
