@@ -75,6 +75,10 @@ class FakeLab:
         self.links: list[tuple[str, bool]] = []
         self.powers: list[tuple[str, bool]] = []
         self.signals: list[tuple[str, int]] = []
+        self.ended = ""
+
+    def why_ended(self, *, within_s: float = 0.0) -> str:
+        return self.ended
 
     def _enter(self, where: str) -> None:
         if where in {machine.name for machine in self.topology.machines}:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from testbed import __version__
 from testbed.errors import ApiError, InputError, ManifestError, Problem, TestbedError
 
+if TYPE_CHECKING:
+    from testbed.lab.folder import LabRecord
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 INTERRUPTED = 130
+UNREAD = 141  # a shell's status of a program that SIGPIPE has ended
+_UNWRITABLE = 3
 
 
 def main() -> NoReturn:
     """Run the command line; errors made for users become one message and an exit status, never a traceback."""
     debug = "--debug" in sys.argv[1:2]
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: in a shell's background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted; everything that was started is gone", err=True)
@@ -35,15 +43,44 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         status = 2
-    except BrokenPipeError:
-        sys.stderr.close()
-        status = 0
+    except SystemExit as exit_:
+        # In this mode click ends with 1 only when nobody reads what we print.
+        status = UNREAD if exit_.code == 1 else exit_.code
     except TestbedError as error:
         if debug:
             raise
-        click.echo(f"{_red('error:')} {error}" if not isinstance(error, ManifestError) else str(error), err=True)
+        _complain(error)
         status = error.exit_status
-    sys.exit(status if isinstance(status, int) else 0)
+    except OSError as error:
+        if debug:
+            raise
+        status = UNREAD if isinstance(error, BrokenPipeError) else _UNWRITABLE
+        if status != UNREAD:
+            reason = error.strerror or str(error)
+            _complain(f"{error.filename}: {reason}" if error.filename else reason)
+    sys.exit(_flushed(status if isinstance(status, int) else 0))
+
+
+def _complain(error: object) -> None:
+    with suppress(OSError):
+        click.echo(f"{_red('error:')} {error}" if not isinstance(error, ManifestError) else str(error), err=True)
+
+
+def _flushed(status: int) -> int:
+    """Return the status that we end with once everything is written, or cannot be, so that Python does not try it again."""
+    try:
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        status = status or UNREAD
+    except OSError as error:
+        if not status:
+            _complain(f"standard output: {error.strerror}")
+        status = status or _UNWRITABLE
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+    return status
 
 
 def _red(text: str) -> str:
@@ -160,14 +197,22 @@ def _check_whole(files: Sequence[Path]) -> None:
 @click.option("--all", "every", is_flag=True, help="Stop every lab.")
 def down(name: str | None, every: bool) -> None:
     """Stop a lab and everything in it."""
-    from testbed.lab.folder import list_records
     from testbed.lab.start import stop_lab
 
-    names = [record.name for record in list_records()] if every else [name]
+    names = [record.name for record in _list_labs()] if every else [name]
     for each in names:
         click.echo(f"lab {stop_lab(each)} is gone")
     if not names:
         click.echo("no lab is running")
+
+
+def _list_labs() -> Sequence[LabRecord]:
+    from testbed.lab.folder import list_labs
+
+    records, unreadable = list_labs()
+    for reason in unreadable.values():
+        click.echo(f"warning: {reason}", err=True)
+    return records
 
 
 @cli.command("ls")
@@ -176,9 +221,7 @@ def list_labs(output: str) -> None:
     """List the running labs."""
     import time
 
-    from testbed.lab.folder import list_records
-
-    records = list_records()
+    records = _list_labs()
     now = time.time()
     if output == "json":
         rows = [
@@ -216,6 +259,8 @@ def exec_(lab: str | None, where: str, command: tuple[str, ...]) -> int:
     argv = command[1:] if command[:1] == ("--",) else command
     if not argv:
         raise InputError(f"nothing to run in {where!r}: testbed exec {where} -- CMD...")
+    if not argv[0]:
+        raise InputError(f"cannot run {''!r} in {where!r}: the name of a program is empty")
     return _run_in(lab, where, argv)
 
 
@@ -261,8 +306,6 @@ def env_(name: str | None) -> None:
 @click.argument("arguments", metavar="...", nargs=-1, type=click.UNPROCESSED)
 def kubectl(lab: str | None, arguments: tuple[str, ...]) -> NoReturn:
     """Run kubectl on a lab; everything after our own option is kubectl's."""
-    import os
-
     from testbed.lab.handle import Lab
     from testbed.lab.kubectl import find_kubectl
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from testbed.errors import InputError, ManifestError, MissingFeature, Problem, TestbedError
+from testbed.errors import InputError, LabError, ManifestError, MissingFeature, Problem, TestbedError
 from testbed.lab.folder import list_records
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import load_scenario
@@ -45,7 +45,10 @@ def run_scenarios(
     refused: TestbedError | None = None
     try:
         for number, (scenario, mode) in enumerate(planned, 1):
-            results.append(_run_one(scenario, mode, backend, narrator, keep=keep and number == len(planned)))
+            result, name, ended = _run_one(scenario, mode, backend, narrator, keep=keep and number == len(planned))
+            results.append((result, name))
+            if ended:
+                raise LabError(f"scenario {scenario.name} in {mode}: {ended}")
     except TestbedError as error:  # what has been seen so far is reported all the same
         if not results:
             raise
@@ -121,15 +124,17 @@ class _Narrator:
 
 def _run_one(
     scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool
-) -> tuple[ScenarioResult, str]:  # fmt: skip
+) -> tuple[ScenarioResult, str, str]:  # fmt: skip
+    """Return the result, the lab's name, and, when the lab ended before the scenario did, what is known of that."""
     name = _free_name(scenario.name)
     with start_lab(scenario.topology, name=name, proxy_mode=mode, iptables_backend=backend, attached=True) as lab:
         narrator.say(narrator.report.heading(scenario.name, mode, name))
         result = run_scenario(scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end)
-        if keep:
+        ended = "" if result.passed else lab.why_ended()
+        if keep and not ended:
             lab.detach()
             narrator.say(f"lab {name} is kept: `testbed exec -l {name} …`, `testbed down {name}`")
-    return result, name
+    return result, name, ended
 
 
 def _free_name(wanted: str) -> str:

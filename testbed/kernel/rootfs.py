@@ -32,6 +32,9 @@ _DEVICE_LINKS = {
     "stderr": "/proc/self/fd/2",
 }
 
+_READ_ONLY_PROC = ("bus", "fs", "irq", "sys", "sysrq-trigger")
+"""What containerd shows read-only: readonlyPaths of its default specification."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bind:
@@ -58,12 +61,14 @@ def write_upper(upper: str, files: Mapping[str, str]) -> None:
 
 
 def enter_root(
-    folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), keep: Iterable[str] = (), proc: bool = True
+    folder: str, *, lower: str = "/", binds: Iterable[Bind] = (), keep: Iterable[str] = (), proc: bool = True,
+    privileged: bool = False,
 ) -> None:  # fmt: skip
     """Make the overlay in ``folder`` (upper/ and work/ are there already) the root of this mount namespace.
 
     The calling process must be alone in a mount namespace of its own, and in the network namespace that /sys is to show
-    and, with ``proc``, the PID namespace that /proc is to show. Raises OSError naming the mount that failed.
+    and, with ``proc``, the PID namespace that /proc is to show. Only with ``privileged`` can kernel settings be written
+    (/proc/sys and the like, /sys), as with containerd. Raises OSError naming the mount that failed.
     """
     root = f"{folder}/root"
     os.mkdir(root)
@@ -76,8 +81,9 @@ def enter_root(
     data = f"lowerdir={lower},upperdir={folder}/upper,workdir={folder}/work"
     linux.mount("overlay", root, "overlay", 0, data)
     if proc:
-        mount_proc(f"{root}/proc")
-    linux.mount("sysfs", f"{root}/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+        mount_proc(f"{root}/proc", privileged=privileged)
+    read_only = 0 if privileged else linux.MS_RDONLY
+    linux.mount("sysfs", f"{root}/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC | read_only)
     _make_dev(f"{root}/dev")
     for path in keep:
         if not os.path.exists(root + path):
@@ -98,9 +104,17 @@ def enter_root(
             _make_read_only(bind.target)
 
 
-def mount_proc(path: str) -> None:
-    """Mount a /proc of the calling process's PID namespace."""
+def mount_proc(path: str, *, privileged: bool) -> None:
+    """Mount a /proc of the calling process's PID namespace; unless ``privileged``, nothing of the kernel is set there."""
     linux.mount("proc", path, "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
+    if not privileged:
+        for name in _READ_ONLY_PROC:
+            inside = f"{path}/{name}"
+            try:
+                linux.mount(inside, inside, "", linux.MS_BIND | linux.MS_REC)
+            except FileNotFoundError:  # a kernel without it
+                continue
+            _make_read_only(inside, linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
 
 
 def _make_dev(path: str) -> None:
@@ -128,5 +142,5 @@ def _make_mount_point(path: str, *, is_folder: bool) -> None:
         Path(path).touch()
 
 
-def _make_read_only(target: str) -> None:
-    linux.mount("", target, "", linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY)
+def _make_read_only(target: str, flags: int = 0) -> None:
+    linux.mount("", target, "", linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY | flags)

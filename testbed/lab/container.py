@@ -130,7 +130,7 @@ def _make_root(start: ContainerStart, *, proc: bool) -> None:
     upper = f"{start.folder}/upper"
     write_upper(upper, {f"/etc/{name}": text for name, text in start.sandbox.etc_files.items()})
     write_upper(upper, start.spec.files)
-    enter_root(start.folder, binds=start.binds, keep=start.keep, proc=proc)
+    enter_root(start.folder, binds=start.binds, keep=start.keep, proc=proc, privileged=start.spec.privileged)
 
 
 def prepare_mounts(start: ContainerStart, node_pidfd: int, network_fd: int) -> int:
@@ -163,6 +163,7 @@ def order_of(spec: ContainerSpec) -> dict[str, Any]:
         "identity": dict(arguments["identity"]),
         "text": str(arguments.get("text", "")),
         "capabilities": -1 if who.capabilities is None else linux.capability_mask(who.capabilities),
+        "privileged": spec.privileged,
         "cwd": spec.cwd,
         "uid": who.uid,
         "gid": who.gid,

@@ -14,12 +14,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -87,8 +87,24 @@ def claim_folder(name: str) -> LabFolder:
     """Return a new, empty, locked folder for a lab; what a dead lab of that name left is removed.
 
     Raises:
-        LabError: a lab of that name is running.
+        LabError: a lab of that name is running, or its folder cannot be made.
     """
+    try:
+        return _claim(name)
+    except OSError as error:
+        where = state_root() / name
+        with contextlib.suppress(OSError):
+            where.rmdir()  # if it is empty
+        raise LabError(f"cannot make the folder of lab {name!r}, {where}: {describe_oserror(error)}") from error
+
+
+def describe_oserror(error: OSError) -> str:
+    """Return the kernel's words for what failed, with the file if there was one."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _claim(name: str) -> LabFolder:
     path = state_root() / check_name(name)
     while True:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -134,25 +150,70 @@ def _lock(path: Path) -> LabFolder | None:
 
 def list_records() -> list[LabRecord]:
     """Return the running labs by name; what dead ones left is removed on the way."""
-    return sorted(_living_records(), key=lambda record: record.name)
+    return list_labs()[0]
 
 
-def _living_records() -> Iterator[LabRecord]:
+def list_labs() -> tuple[list[LabRecord], dict[str, str]]:
+    """Return the running labs by name, and why others in the folder of labs cannot be told: name -> words."""
     root = state_root()
-    for path in root.iterdir() if root.is_dir() else ():
-        folder = _lock(path)
-        if folder is _GONE:
-            continue
-        if folder is not None:
-            folder.remove()
-            continue
+    records: list[LabRecord] = []
+    unreadable: dict[str, str] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
         try:
-            record = json.loads((path / "lab.json").read_text())
-        except FileNotFoundError:
-            continue  # being started, or being stopped
-        # a lab of another version of ours may have said more
-        known = {field.name: record[field.name] for field in fields(LabRecord) if field.name in record}
-        yield LabRecord(**{**known, "nodes": tuple(record["nodes"])})
+            record = _read_living(path)
+        except (OSError, ValueError) as error:
+            unreadable[path.name] = _why_unreadable(path, error)
+            continue
+        if record is not None:
+            records.append(record)
+    return records, unreadable
+
+
+def _read_living(path: Path) -> LabRecord | None:
+    """Return a running lab's record. None: it is not running any more, and its folder is gone, or not yet.
+
+    Raises:
+        OSError, ValueError: this is not the folder of a lab of ours.
+    """
+    if not path.is_dir() or not _NAME.fullmatch(path.name):
+        raise ValueError("it is not the folder of a lab")
+    folder = _lock(path)
+    if folder is _GONE:
+        return None
+    if folder is not None:
+        folder.remove()
+        return None
+    try:
+        found = json.loads((path / "lab.json").read_bytes())
+    except FileNotFoundError:
+        return None  # being started, or being stopped
+    return _record_of(found)
+
+
+def _record_of(found: object) -> LabRecord:
+    """Return what a lab.json says. One of another version of ours may say more; ValueError when it says too little."""
+    if not isinstance(found, dict):
+        raise ValueError("lab.json is damaged: it is no object")
+    found = {"iptables_backend": "", **found}
+    for name, kind in (
+        ("name", str), ("pid", int), ("started", int | float), ("topology", str), ("nodes", list), ("proxy_mode", str),
+        ("iptables_backend", str),
+    ):  # fmt: skip
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"its lab.json has no {name!r} that we understand: it is damaged, or of another version")
+    if found["pid"] < 2 or not all(isinstance(node, str) for node in found["nodes"]):
+        raise ValueError("its lab.json is damaged")
+    known = {field.name: found[field.name] for field in fields(LabRecord)}
+    return LabRecord(**{**known, "nodes": tuple(found["nodes"])})
+
+
+def _why_unreadable(path: Path, error: OSError | ValueError) -> str:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        reason = "its lab.json is damaged"
+    if (path / "lock").is_file():
+        return f"{path}: {reason}; kill the first process that `fuser {path}/lock` lists to end it"
+    return f"{path}: {reason}; if nobody needs it, remove it"
 
 
 def find_record(name: str | None) -> LabRecord:
@@ -161,10 +222,12 @@ def find_record(name: str | None) -> LabRecord:
     Raises:
         LabError: no such lab, or no name given and not exactly one lab.
     """
-    records = list_records()
+    records, unreadable = list_labs()
     found = [record for record in records if name in (None, record.name)]
     if len(found) == 1:
         return found[0]
+    if name in unreadable:
+        raise LabError(f"lab {name!r} cannot be used: {unreadable[name]}")
     names = ", ".join(record.name for record in records)
     if name is not None:
         raise LabError(f"no lab named {name!r} is running; running: {names or 'none'}")

@@ -35,28 +35,51 @@ _ORDER_BYTES = 65536
 _FDS_BYTES = socket.CMSG_SPACE(7 * _ANSWER.size)
 
 
+_ANSWER_WITHIN_S = 10.0
+
+
+class ForkerGone(LabError):
+    """The forker has died, or does not answer."""
+
+
 class Forker:
     """The spawner's side."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, pid: int) -> None:
         self._connection = connection
+        self._connection.settimeout(_ANSWER_WITHIN_S)
+        self._pid = pid
+
+    def close(self) -> None:
+        """End it. What it has forked lives on."""
+        self._connection.close()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
 
     def fork(self, order: Mapping[str, Any], fds: Sequence[int]) -> int:
         """Return the pid of a new container's first process, which is a child of the calling process.
 
         Args:
-            order: plain values: ``capabilities`` (a mask, or -1 for what the forker has), ``cwd``, ``uid``, ``gid``,
-                ``groups``, and ``ports``, ``identity`` and ``text`` for `echo.serve`.
+            order: plain values: ``capabilities`` (a mask, or -1 for what the forker has), ``privileged``, ``cwd``,
+                ``uid``, ``gid``, ``groups``, and ``ports``, ``identity`` and ``text`` for `echo.serve`.
             fds: a mount, a network and a UTS namespace; a pipe that closes when the program runs, or says why it does
                 not; standard input, output and error.
 
         Raises:
             OSError: why there is none.
+            ForkerGone: there will be no more.
         """
-        socket.send_fds(self._connection, [marshal.dumps(dict(order))], list(fds))
-        answer = self._connection.recv(_ANSWER.size)
+        try:
+            socket.send_fds(self._connection, [marshal.dumps(dict(order))], list(fds))
+            answer = self._connection.recv(_ANSWER.size)
+        except TimeoutError:
+            raise ForkerGone(
+                f"the process that forks echo servers has not answered within {_ANSWER_WITHIN_S:g} s"
+            ) from None
+        except ConnectionError:
+            answer = b""
         if not answer:
-            raise LabError("the process that forks echo servers has died")
+            raise ForkerGone("the process that forks echo servers has died")
         (pid,) = _ANSWER.unpack(answer)
         if pid < 0:
             raise OSError(-pid, os.strerror(-pid))
@@ -69,7 +92,8 @@ def start_forker(*not_for_it: int) -> Forker:
     It closes the descriptors ``not_for_it``.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         try:
             ours.close()
             for fd in not_for_it:
@@ -80,7 +104,7 @@ def start_forker(*not_for_it: int) -> Forker:
         finally:
             os._exit(0)
     theirs.close()
-    return Forker(ours)
+    return Forker(ours, pid)
 
 
 def _serve(connection: socket.socket) -> None:
@@ -121,7 +145,7 @@ def _be_container(
         linux.setns(uts, linux.CLONE_NEWUTS)
         linux.close_range(3, report - 1)
         linux.close_range(report + 1)
-        mount_proc("/proc")
+        mount_proc("/proc", privileged=order["privileged"])
         linux.set_process_name(FORKED_ELSEWHERE)
         if order["cwd"] != "/":
             os.chdir(order["cwd"])

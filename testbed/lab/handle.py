@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -33,15 +35,34 @@ from testbed.model.topology import Topology
 T = TypeVar("T")
 
 
+_LOG_BYTES = 16384
+_LOG_LINES = 10
+
+
+def end_of_log(fd: int) -> str:
+    """Return the last lines of an open log (-1: none), each indented on a line of its own."""
+    if fd < 0:
+        return ""
+    data = os.pread(fd, _LOG_BYTES, max(0, os.fstat(fd).st_size - _LOG_BYTES))
+    return "".join(f"\n    {line}" for line in data.decode(errors="replace").splitlines()[-_LOG_LINES:])
+
+
 class Lab(AbstractContextManager["Lab"]):
     """A running lab. As a context manager it gives back its connections; an attached lab then ends."""
 
-    def __init__(self, folder: Path, pid: int, topology: Topology | None = None, *, lifeline: int = -1) -> None:
+    def __init__(
+        self, folder: Path, pid: int, topology: Topology | None = None, *, lifeline: int = -1, log: int = -1
+    ) -> None:
+        """``lifeline`` ends the lab when it is closed, ``log`` is an open lab.log, both ours to close (-1: none)."""
         self.folder = folder
         self.pid = pid
         self.api = ApiClient(str(folder / "api" / "api.sock"))
         self._topology = topology
         self._lifeline = lifeline
+        self._log = log
+        self._first_process = -1
+        with contextlib.suppress(ProcessLookupError):
+            self._first_process = os.pidfd_open(pid)
 
     @classmethod
     def find(cls, name: str | None) -> Lab:
@@ -78,6 +99,10 @@ class Lab(AbstractContextManager["Lab"]):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.api.close()
+        for fd in (self._log, self._first_process):
+            if fd >= 0:
+                os.close(fd)
+        self._log = self._first_process = -1
         if self._lifeline >= 0:
             from testbed.lab.folder import list_records
             from testbed.lab.start import end_process_tree
@@ -86,6 +111,19 @@ class Lab(AbstractContextManager["Lab"]):
             os.close(self._lifeline)
             self._lifeline = -1
             list_records()
+
+    def why_ended(self, *, within_s: float = 0.0) -> str:
+        """Return what is known of the lab's end, with the last lines of its log; '' while it runs.
+
+        Args:
+            within_s: how long to wait for an end that may be under way.
+        """
+        poll = select.poll()
+        if self._first_process >= 0:
+            poll.register(self._first_process, select.POLLIN)
+            if not poll.poll(within_s * 1000):
+                return ""
+        return f"the lab ended: lab {self.name!r} was stopped, or a process of it has died{end_of_log(self._log)}"
 
     # -- places ----------------------------------------------------------------------------------------------------
 

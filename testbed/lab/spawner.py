@@ -18,9 +18,12 @@ import selectors
 import shutil
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from testbed.lab.container import (
     order_of,
     prepare_mounts,
 )
-from testbed.lab.forker import FORKED_ELSEWHERE, Forker
+from testbed.lab.forker import FORKED_ELSEWHERE, Forker, ForkerGone
 from testbed.lab.frames import FrameReader, send_frame
 from testbed.lab.streams import Streams
 from testbed.model.topology import Topology
@@ -45,6 +48,7 @@ from testbed.underlay.hosts import inside_network
 from testbed.underlay.network import LabNetwork, make_private_folder
 
 _OUTPUT_LIMIT = 10 * 1024  # what a kubelet keeps of a probe's output
+_ACCEPT_AGAIN_S = 0.1
 
 Reply = Callable[[Any, Sequence[int]], None]
 
@@ -66,7 +70,9 @@ class _Container:
     folder: str
     pid: int
     pidfd: int
+    sandbox: _Sandbox
     ended: bool = False
+    when_ended: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Spawner:
@@ -100,7 +106,7 @@ class Spawner:
         """Answer requests until the control process is gone, or one of the descriptors ``until`` reports an end."""
         self._add_connection(self._control)
         listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+        self._listen(listener)
         running = True
 
         def stop() -> None:
@@ -115,9 +121,11 @@ class Spawner:
         gc.freeze()  # what exists now is shared with every child; collecting would copy its pages
         while running:
             for key, _events in self._selector.select(self._until_next_deadline()):
-                key.data()
+                # What was handled before it may have closed this one, and its number may already be somebody else's.
+                if self._selector.get_map().get(key.fd) is key:
+                    _call(key.data)
             while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-                heapq.heappop(self._deadlines)[2]()
+                _call(heapq.heappop(self._deadlines)[2])
 
     def _until_next_deadline(self) -> float | None:
         return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
@@ -126,8 +134,19 @@ class Spawner:
         self._deadline_count += 1
         heapq.heappush(self._deadlines, (time.monotonic() + delay_s, self._deadline_count, call))
 
+    def _listen(self, listener: socket.socket) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+
     def _accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:  # who called has gone away
+            return
+        except OSError as error:  # no descriptor is free: the caller waits until one is
+            _log(f"cannot answer a command line: {error.strerror}")
+            self._selector.unregister(listener)
+            self._call_later(_ACCEPT_AGAIN_S, lambda: self._listen(listener))
+            return
         connection.setblocking(True)
         self._add_connection(connection)
 
@@ -138,7 +157,9 @@ class Spawner:
     def _read(self, connection: socket.socket, reader: FrameReader) -> None:
         try:
             messages = reader.receive()
-        except ConnectionError:
+        except Exception as error:  # what follows on a connection that we cannot read has no beginning
+            if not isinstance(error, ConnectionError):
+                _log(f"cannot read a request: {error!r}")
             messages = None
         if messages is None:
             self._selector.unregister(connection)
@@ -146,12 +167,11 @@ class Spawner:
             if connection is self._control:
                 self._control_gone()
             return
-        for (number, operation, arguments), fds in messages:
-            self._answer(connection, number, operation, arguments, fds)
+        for message, fds in messages:
+            _call(partial(self._answer, connection, message, fds))
 
-    def _answer(
-        self, connection: socket.socket, number: int, operation: str, arguments: dict[str, Any], fds: list[int]
-    ) -> None:
+    def _answer(self, connection: socket.socket, message: tuple[int, str, dict[str, Any]], fds: list[int]) -> None:
+        number, operation, arguments = message
         answered = False
 
         def reply(value: Any, reply_fds: Sequence[int] = ()) -> None:
@@ -211,14 +231,24 @@ class Spawner:
         reply(None, ())
 
     def do_remove_sandbox(self, reply: Reply, _fds: list[int], *, pod_uid: str) -> None:
-        sandbox = self._sandboxes.pop(pod_uid, None)
-        if sandbox is not None:
-            for container in list(sandbox.containers.values()):
-                self._remove_container(sandbox, container)
-            if sandbox.spec.address is not None:
-                self.network.delete_pod(sandbox.name)
-            shutil.rmtree(sandbox.folder, ignore_errors=True)
-        reply(None, ())
+        sandbox = self._sandboxes.get(pod_uid)
+        if sandbox is None:
+            reply(None, ())
+            return
+
+        def finish() -> None:
+            if sandbox.containers:
+                return
+            if self._sandboxes.pop(pod_uid, None) is not None:
+                if sandbox.spec.address is not None:
+                    self.network.delete_pod(sandbox.name)
+                shutil.rmtree(sandbox.folder, ignore_errors=True)
+            reply(None, ())
+
+        if not sandbox.containers:
+            finish()
+        for container in list(sandbox.containers.values()):
+            self._remove_container(container, finish)
 
     def do_update_volume(
         self, reply: Reply, _fds: list[int], *, pod_uid: str, volume: str, files: Mapping[str, str]
@@ -265,16 +295,19 @@ class Spawner:
     def do_start_container(self, reply: Reply, _fds: list[int], *, spec: ContainerSpec) -> None:
         sandbox = self._sandbox(spec.pod_uid)
         folder = f"{sandbox.folder}/{spec.container_id}"
-        for part in ("upper", "work"):
-            os.makedirs(f"{folder}/{part}")
+        _make_layers(folder)
         streams = Streams.make(stdin=spec.stdin, tty=spec.tty)
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             container = self._start(sandbox, spec, folder, writing, streams)
-        except OSError as error:
+        except BaseException as error:
             os.close(reading)
             streams.close()
-            raise KernelError(f"{sandbox.name}: could not start container {spec.name!r}: {error.strerror}") from error
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                reason = f"could not start container {spec.name!r}: {error.strerror}"
+                raise KernelError(f"{sandbox.name}: {reason}") from error
+            raise
         finally:
             os.close(writing)
             streams.close_theirs()
@@ -291,10 +324,10 @@ class Spawner:
         os.set_blocking(reading, False)
 
         def started() -> None:
-            problem = os.read(reading, 4096)
             self._selector.unregister(reading)
-            os.close(reading)
             try:
+                problem = os.read(reading, 4096)
+                os.close(reading)
                 if problem:
                     reply(KernelError(failed + problem.decode(errors="replace")), ())
                 else:
@@ -307,6 +340,8 @@ class Spawner:
     def _container_ended(self, container: _Container, status: int) -> None:
         container.ended = True
         self._tell_end(container.spec.container_id, status)
+        for call in container.when_ended:
+            call()
 
     def _tell_end(self, what: str, status: int) -> None:
         ended = ExitStatus(exit_code(status), os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
@@ -318,7 +353,7 @@ class Spawner:
     def _start(
         self, sandbox: _Sandbox, spec: ContainerSpec, folder: str, report: int, streams: Streams
     ) -> _Container:  # fmt: skip
-        """Fork the first process of a container, here or, for the echo server, in the forker."""
+        """Fork the first process of a container, here or, for the echo server, in the forker as long as that lives."""
         start = ContainerStart(
             sandbox=sandbox.spec,
             spec=spec,
@@ -328,23 +363,33 @@ class Spawner:
         )
         node: Holder = self.network[sandbox.spec.node].holder
         place: Holder = node if sandbox.spec.address is None else self.network[sandbox.name].holder
+        pid = 0
         if spec.builtin == FORKED_ELSEWHERE and self._forker is not None and not spec.tty:
             pid = self._fork_elsewhere(self._forker, start, node, place, report, streams)
-        else:
+        if not pid:
             pid = fork_container(start, node.pidfd, place.network_fd, place.uts_fd, report, *streams.theirs)
-        container = _Container(spec, folder, pid, -1)
+        container = _Container(spec, folder, pid, -1, sandbox)
         container.pidfd = self._watch_child(pid, lambda status: self._container_ended(container, status))
         return container
 
     def _fork_elsewhere(
         self, forker: Forker, start: ContainerStart, node: Holder, place: Holder, report: int, streams: Streams
     ) -> int:  # fmt: skip
+        """Return the pid of a container that the forker has forked; 0 when there is no forker any more."""
         mounts = prepare_mounts(start, node.pidfd, place.network_fd)
         try:
             fds = (mounts, place.network_fd, place.uts_fd, report, *streams.theirs)
             return forker.fork(order_of(start.spec), fds)
+        except ForkerGone as error:
+            # A new one could only be forked from here, as large as what the spawner forks itself.
+            _log(f"{error}; from now on they are forked by the spawner and take more memory each")
+            self._forker = None
+            forker.close()
         finally:
             os.close(mounts)
+        shutil.rmtree(start.folder)
+        _make_layers(start.folder)
+        return 0
 
     def _bind(self, sandbox: _Sandbox, mount: Mount) -> Bind:
         volume = next((found for found in sandbox.spec.volumes if found.name == mount.volume), None)
@@ -372,19 +417,30 @@ class Spawner:
 
     def do_remove_container(self, reply: Reply, _fds: list[int], *, container_id: str) -> None:
         container = self._containers.get(container_id)
-        if container is not None:
-            self._remove_container(self._sandbox(container.spec.pod_uid), container)
-        reply(None, ())
+        if container is None:
+            reply(None, ())
+        else:
+            self._remove_container(container, lambda: reply(None, ()))
 
-    def _remove_container(self, sandbox: _Sandbox, container: _Container) -> None:
-        if not container.ended:
+    def _remove_container(self, container: _Container, then: Callable[[], None]) -> None:
+        """Kill a container if it runs, forget it once it has ended, and call ``then``.
+
+        That is not waited for here: the kernel ends a PID namespace's first process only when all others in it have
+        been reaped, and of some of these it is we who are the parent, or a command line that has been stopped.
+        """
+
+        def forget() -> None:
+            if self._containers.pop(container.spec.container_id, None) is not None:
+                os.close(container.pidfd)
+                shutil.rmtree(container.folder, ignore_errors=True)
+                del container.sandbox.containers[container.spec.container_id]
+            then()
+
+        if container.ended:
+            forget()
+        else:
+            container.when_ended.append(forget)
             signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)
-            self._selector.unregister(container.pidfd)
-            _, status = os.waitpid(container.pid, 0)
-            self._container_ended(container, status)
-        os.close(container.pidfd)
-        shutil.rmtree(container.folder, ignore_errors=True)
-        del self._containers[container.spec.container_id], sandbox.containers[container.spec.container_id]
 
     def do_exec(
         self, reply: Reply, _fds: list[int], *, container_id: str, argv: Sequence[str], timeout_s: float
@@ -547,6 +603,25 @@ class Spawner:
         pidfd = self._watch_child(pid, ended)
 
 
+def _call(handler: Callable[[], None]) -> None:
+    """Call what answers one event. A mistake in it is one request's, or one container's, and not the whole lab's end."""
+    try:
+        handler()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+
+
+def _log(message: str) -> None:
+    print(f"spawner: {message}", file=sys.stderr, flush=True)
+
+
+def _make_layers(folder: str) -> None:
+    """Make what a container's overlay is made of."""
+    for part in ("upper", "work"):
+        os.makedirs(f"{folder}/{part}")
+
+
 def preload() -> None:
     """Import what forked programs run: a cold import of kube-proxy would cost each node 0.3 s, shared pages cost nothing."""
     import yaml
@@ -570,7 +645,5 @@ def _run_cli(network: LabNetwork) -> None:
 
 def _folders_to_keep() -> tuple[str, ...]:
     """Return folders that our own programs may still import from, wherever they are mounted."""
-    import sys
-
     package = Path(__file__).resolve().parents[2]
     return tuple(dict.fromkeys((str(package), sys.prefix, sys.base_prefix)))

@@ -25,8 +25,8 @@ from testbed.kernel import linux
 from testbed.kernel.iptables import default_backend, detect_backend
 from testbed.kernel.modules import ensure_bridge_netfilter
 from testbed.kernel.runner import SubprocessRunner
-from testbed.lab.folder import LabFolder, LabRecord, claim_folder, find_record, list_records
-from testbed.lab.handle import Lab
+from testbed.lab.folder import LabFolder, LabRecord, claim_folder, describe_oserror, find_record, list_records
+from testbed.lab.handle import Lab, end_of_log
 from testbed.lab.request import LabRequest
 from testbed.model.topology import Topology
 
@@ -102,8 +102,10 @@ def start_lab(
     folder = claim_folder(name)
     try:
         return _start(folder, topology, proxy_mode, backend, attached, on_progress)
-    except BaseException:
+    except BaseException as error:
         folder.remove()
+        if isinstance(error, OSError):
+            raise LabError(f"lab {name!r} could not be started: {describe_oserror(error)}") from error
         raise
 
 
@@ -115,6 +117,8 @@ def _start(
     attached: bool,
     on_progress: Callable[[str], None],
 ) -> Lab:
+    # The folder may be removed by others once the lab has ended; what it said last is read here all the same.
+    log = os.open(folder.path / "lab.log", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     progress, progress_writer = os.pipe()
     lifeline_reader, lifeline = os.pipe() if attached else (-1, -1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -141,17 +145,18 @@ def _start(
         started = time.time()
         names = tuple(node.name for node in topology.nodes)
         folder.write_record(LabRecord(folder.name, pid, started, topology.name, names, proxy_mode, iptables_backend))
-        _wait_until_ready(folder, progress, on_progress)
+        _wait_until_ready(folder, progress, log, on_progress)
     except BaseException:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(log)
         if lifeline >= 0:
             os.close(lifeline)
         raise
     finally:
         os.close(progress)
     folder.unlock()
-    return Lab(folder.path, pid, topology, lifeline=lifeline)
+    return Lab(folder.path, pid, topology, lifeline=lifeline, log=log)
 
 
 def _fork_first_process(folder: LabFolder, request: LabRequest) -> int:
@@ -211,7 +216,7 @@ def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -
         os._exit(3)
 
 
-def _wait_until_ready(folder: LabFolder, progress: int, on_progress: Callable[[str], None]) -> None:
+def _wait_until_ready(folder: LabFolder, progress: int, log: int, on_progress: Callable[[str], None]) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
     pending = b""
     phase = "isolation"
@@ -219,11 +224,11 @@ def _wait_until_ready(folder: LabFolder, progress: int, on_progress: Callable[[s
         if not select.select([progress], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise LabError(
                 f"lab {folder.name!r} was not ready within {READY_WITHIN_S:g} s; the last phase reached was {phase!r}"
-                f"{_end_of_log(folder)}"
+                f"{end_of_log(log)}"
             )
         data = os.read(progress, 65536)
         if not data:
-            raise LabError(f"lab {folder.name!r} died while starting, after phase {phase!r}{_end_of_log(folder)}")
+            raise LabError(f"lab {folder.name!r} died while starting, after phase {phase!r}{end_of_log(log)}")
         *lines, pending = (pending + data).split(b"\n")
         for line in lines:
             message = json.loads(line)
@@ -241,12 +246,6 @@ class _Refused(TestbedError):
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
         self.exit_status = exit_status
-
-
-def _end_of_log(folder: LabFolder) -> str:
-    log = folder.path / "lab.log"
-    lines = log.read_text(errors="replace").splitlines()[-10:] if log.exists() else []
-    return "".join(f"\n    {line}" for line in lines)
 
 
 def stop_lab(name: str | None) -> str:
@@ -268,7 +267,8 @@ def end_process_tree(pid: int, name: str) -> None:
     except ProcessLookupError:
         return
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         # A PID namespace's first process is not gone before all others are.
         if not select.select([pidfd], [], [], 10)[0]:
             raise LabError(f"lab {name!r}: its processes (first: {pid}) did not end within 10 s of SIGKILL")

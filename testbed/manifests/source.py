@@ -69,6 +69,8 @@ class Document:
 def read_text(path: Path) -> tuple[str, list[Problem]]:
     """Return a file's text, or the reason why there is none."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or device may never end
+            return "", [Problem(str(path), 0, "cannot be read: it is not a regular file")]
         return path.read_bytes().decode("utf-8-sig"), []
     except UnicodeDecodeError as error:
         return "", [Problem(str(path), error.object.count(b"\n", 0, error.start) + 1, "is not UTF-8 text")]

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -48,6 +48,7 @@ from testbed.scenario.objects import (
 
 RETRY_EVERY_S = 0.1
 _PROGRAM_TIMEOUT_S = 60.0
+_END_WITHIN_S = 0.3  # between the first thing that fails in a dying lab and its end
 _SIGNALS = {FaultAction.KILL: signal.SIGKILL, FaultAction.STOP: signal.SIGSTOP, FaultAction.START: signal.SIGCONT}
 
 
@@ -146,7 +147,14 @@ class _Runner:
             except (TestbedError, OSError) as error:
                 attempt = Attempt(passed=False, wanted=step.title, seen=str(error))
             elapsed = self._clock() - began
-            if attempt.passed or elapsed + RETRY_EVERY_S > within_s:
+            is_last = elapsed + RETRY_EVERY_S > within_s
+            if attempt.passed:
+                break
+            if ended := self._lab.why_ended(within_s=_END_WITHIN_S if is_last else 0.0):
+                attempt = replace(attempt, seen=ended)
+                within_s = 0.0
+                break
+            if is_last:
                 break
             self._pause(RETRY_EVERY_S)
         return StepResult(

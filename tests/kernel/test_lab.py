@@ -285,6 +285,53 @@ def test_a_starter_that_is_killed_takes_its_lab_along(eventually: Callable[..., 
     eventually(lambda: command("ls") and not (state_root() / mine("orphan")).exists(), within_s=10)
 
 
+NOTHING_HAPPENS = """\
+apiVersion: testbed/v1
+kind: Scenario
+metadata: {name: NAME}
+spec:
+  topology: three-nodes
+  proxyModes: [iptables]
+  steps:
+    - exec: {in: node1, run: 'true'}
+    - expect: {from: node1, tcp: '192.168.93.99:1', within: 60s}
+    - exec: {in: node1, run: 'true'}
+"""
+
+
+@pytest.mark.parametrize("how", ["down", "spawner"])
+def test_a_lab_that_ends_while_a_scenario_runs(how: str, tmp_path: Path, eventually: Callable[..., object]) -> None:
+    """`run` says so at once, with the lab's last words, and reports what was seen until then; status 3."""
+    name = mine(f"ends-{how[0]}")
+    file = tmp_path / "scenario.yaml"
+    file.write_text(NOTHING_HAPPENS.replace("NAME", name))
+    with subprocess.Popen(
+        [*TESTBED, "run", str(file), "--report", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as run:  # fmt: skip
+        assert run.stdout
+        while "✓ 1/3" not in run.stdout.readline():
+            pass
+        os.write(os.open(state_root() / name / "lab.log", os.O_WRONLY | os.O_APPEND), b"its last words\n")
+        if how == "down":
+            command("down", name)
+        else:
+            [spawner] = [pid for pid in descendants(lab_pid(name)) if comm(pid) == "spawner"]
+            os.kill(spawner, signal.SIGKILL)
+        stdout, stderr = run.communicate(timeout=30)
+    assert run.returncode == 3
+    assert "seen    the lab ended" in stdout
+    assert "3/3" in stdout and "not run" in stdout
+    assert f"error: scenario {name} in iptables: the lab ended: lab {name!r} was stopped, or" in stderr
+    assert "    its last words" in stderr
+    assert '"failed"' in (tmp_path / "out" / "scenario.json").read_text()
+    assert not (state_root() / name).exists()
+
+
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
 def test_down_is_quick_and_complete(eventually: Callable[..., object]) -> None:
     """`down` returns when every process has ended; a second `down` says that there is no such lab."""
     command("up", mine("short"))

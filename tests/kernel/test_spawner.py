@@ -22,6 +22,7 @@ from testbed.errors import InputError, KernelError
 from testbed.kernel import linux
 from testbed.kubelet.logs import ContainerLog
 from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
+from testbed.lab.frames import send_frame
 from testbed.lab.runtime import SpawnerRuntime
 from testbed.lab.sessions import FdInput, FdSession
 from testbed.model.topology import Network, NodeSpec, Topology
@@ -35,8 +36,43 @@ TOPOLOGY = Topology(name="t", networks=(LAN,), nodes=(NODE,))
 
 
 @pytest.fixture
-def spawner() -> Iterator[socket.socket]:
+def log(tmp_path: Path) -> Path:
+    """What the spawner of a test complains about."""
+    path = tmp_path / "lab.log"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def spawner(log: Path) -> Iterator[socket.socket]:
     """A connection to a spawner with a network of one node, in namespaces that end with it."""
+    with started_spawner(log) as connection:
+        yield connection
+
+
+@pytest.fixture
+def spawner_and_forker(log: Path) -> Iterator[tuple[socket.socket, Callable[[], int]]]:
+    """The same with a forker, and how to ask for its pid."""
+    with started_spawner(log, with_forker=True) as connection:
+
+        def forker() -> int:
+            of_this_test = children(os.getpid())
+            found = [pid for parent in of_this_test for pid in children(parent) if name_of(pid) == "forker"]
+            return found[0] if found else 0
+
+        yield connection, forker
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+@contextlib.contextmanager
+def started_spawner(log: Path, *, with_forker: bool = False) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
     folder = tempfile.mkdtemp(prefix="testbed-spawner-")
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
@@ -44,14 +80,17 @@ def spawner() -> Iterator[socket.socket]:
     pid = os.fork()
     linux_restore(own)
     if pid == 0:
-        be_spawner(theirs, folder)
+        be_spawner(theirs, folder, log, with_forker=with_forker)
     theirs.close()
-    yield ours
-    ours.close()
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.rmdir(f"{folder}/private")
-    os.rmdir(folder)
+    try:
+        yield ours
+    finally:
+        ours.close()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        sys.stderr.write(log.read_text())
+        os.rmdir(f"{folder}/private")
+        os.rmdir(folder)
 
 
 def linux_restore(own: int) -> None:
@@ -60,16 +99,18 @@ def linux_restore(own: int) -> None:
     os.close(own)
 
 
-def be_spawner(connection: socket.socket, folder: str) -> None:
+def be_spawner(connection: socket.socket, folder: str, log: Path, *, with_forker: bool) -> None:
+    sys.stderr = log.open("w")
     try:
         linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
         linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
         linux.mount("proc", "/proc", "proc")
         os.mkdir(f"{folder}/private")
         linux.mount("tmpfs", f"{folder}/private", "tmpfs")
+        from testbed.lab.forker import start_forker
         from testbed.lab.spawner import Spawner
 
-        made = Spawner(TOPOLOGY, folder, connection)
+        made = Spawner(TOPOLOGY, folder, connection, start_forker() if with_forker else None)
         made.network.build_topology()
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(b"\0" + folder.encode())
@@ -150,6 +191,23 @@ def test_what_a_container_sees(spawner: socket.socket) -> None:
         "web", "10.244.1.2 web", "nameserver 10.96.0.10", "web", "eth0 lo 0", "sleep", "hi", "null works",
         "/dev/pts/ptmx", "/usr/bin/ping",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("privileged", [False, True])
+def test_who_may_change_the_kernels_settings(spawner: socket.socket, privileged: bool) -> None:
+    """/proc/sys and /sys are read-only, as with containerd, but to a privileged container."""
+
+    async def test(runtime: Runtime) -> list[str]:
+        await running(runtime, privileged=privileged)
+        script = (
+            "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1280 > /sys/class/net/eth0/mtu; cat /sys/class/net/eth0/mtu;"
+            "for path in /proc/sys /proc/irq /proc/bus /proc/fs /sys;"
+            "do findmnt -no OPTIONS --target $path | grep -c ^ro; done"
+        )
+        return [line.rpartition(": ")[2] for line in (await shell(runtime, f"({script}) 2>&1")).splitlines()]
+
+    refused = ["Read-only file system", "Read-only file system"]
+    assert with_runtime(spawner, test) == (["1280", *"00000"] if privileged else [*refused, "1500", *"11111"])
 
 
 def test_a_restart_keeps_the_address_and_loses_the_files(spawner: socket.socket) -> None:
@@ -498,3 +556,84 @@ def test_a_user_without_capabilities(spawner: socket.socket) -> None:
 
     nothing = "CapEff: 0000000000000000"
     assert with_runtime(spawner, test) == [f"{ids} {nothing}" for ids in ("2000 0", "2000 2000", "0 0", "0 2000")]
+
+
+def test_a_container_that_is_removed_while_its_end_is_told(spawner: socket.socket) -> None:
+    """Why one does not start is answered before it is reaped; who removes it then at once disturbs nobody."""
+
+    async def test(runtime: Runtime) -> str:
+        await runtime.create_sandbox(sandbox())
+        for number in range(60):
+            name = f"c{number}"
+            with pytest.raises(KernelError, match="executable file not found"):
+                await runtime.start_container(container("nosuch", container_id=name))
+            await runtime.remove_container(name)
+        await runtime.start_container(container("sleep", "60", container_id="last"))
+        return await shell(runtime, "echo lives", "last")
+
+    assert with_runtime(spawner, test) == "lives\n"
+
+
+def test_a_container_that_is_removed_while_something_runs_in_it(spawner: socket.socket) -> None:
+    """Its first process ends only once the spawner has reaped what was executed in it."""
+
+    async def test(runtime: Runtime) -> str:
+        await runtime.create_sandbox(sandbox())
+        for number in range(30):
+            name = f"c{number}"
+            await runtime.start_container(container("sleep", "60", container_id=name))
+            await asyncio.gather(
+                runtime.signal_container(name, signal.SIGKILL), runtime.exec(name, ["true"], timeout_s=0.01),
+                runtime.remove_container(name), return_exceptions=True,
+            )  # fmt: skip
+        await runtime.start_container(container("sleep", "60", container_id="last"))
+        return await shell(runtime, "echo lives", "last")
+
+    assert with_runtime(spawner, test) == "lives\n"
+
+
+def test_one_bad_request_is_nobody_elses(spawner: socket.socket, log: Path) -> None:
+    """A handler that fails after its answer is logged with where, and the next request is answered."""
+
+    async def test(runtime: Runtime) -> str:
+        await running(runtime)
+        send_frame(spawner, ("no number", "no_such_operation"))
+        return await shell(runtime, "echo lives")
+
+    assert with_runtime(spawner, test) == "lives\n"
+    assert "ValueError: not enough values to unpack" in log.read_text()
+
+
+ECHO: dict[str, Any] = {"builtin": "echo", "builtin_args": {"ports": [("TCP", 80)], "identity": {"pod": "web"}}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_echo_servers_without_their_forker(
+    spawner_and_forker: tuple[socket.socket, Callable[[], int]], log: Path, number: int
+) -> None:
+    """It dies, or hangs: those that run go on, the next ones come from the spawner, and the log says so."""
+    connection, forker = spawner_and_forker
+
+    async def served(runtime: Runtime, container_id: str) -> None:
+        await runtime.start_container(container(container_id=container_id, **ECHO))
+        while True:
+            try:
+                (await runtime.connect_pod("uid-1", 80, timeout_s=2)).close()
+                return
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.02)
+
+    async def test(runtime: Runtime) -> None:
+        await runtime.create_sandbox(sandbox())
+        await served(runtime, "c1")
+        os.kill(forker(), number)
+        (await runtime.connect_pod("uid-1", 80, timeout_s=2)).close()
+        await runtime.remove_container("c1")
+        await served(runtime, "c2")
+        await runtime.remove_container("c2")
+        await served(runtime, "c3")
+        assert not forker()
+
+    with_runtime(connection, test)
+    said = log.read_text()
+    assert said.count("from now on they are forked by the spawner") == 1, said

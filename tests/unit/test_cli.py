@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -483,3 +484,128 @@ def test_ctrl_c(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(testbed.cli.run, "start_lab", interrupted)
     assert testbed_("run", "runs") == (130, "", "\ninterrupted; everything that was started is gone\n")
+
+
+# ── what cannot be written, read or waited for ──────────────────────────────────────────────────────────────────────
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_shell(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line, sys.executable], capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
+    )
+
+
+@pytest.mark.parametrize("words", ["schema topology", "--help", "--version"])
+def test_output_that_cannot_be_written(words: str) -> None:
+    """One line, status 3; to a reader that has gone, nothing, and the status of a program that SIGPIPE has ended."""
+    full = in_shell(f"$0 -m testbed {words} > /dev/full")
+    assert (full.returncode, full.stderr) == (3, "error: No space left on device\n")
+    unread = in_shell(f"$0 -m testbed {words} | true; echo ${{PIPESTATUS[0]}}")
+    assert (unread.stdout, unread.stderr) == ("141\n", "")
+
+
+def test_an_interrupt_while_modules_are_imported() -> None:
+    """Whenever it comes: one line, status 130."""
+    code = "import sys, os, signal, runpy; sys.argv = ['testbed', '--version']\n"
+    code += "class Interrupted:\n    def find_spec(self, name, *_):\n"
+    code += "        if name == 'testbed.cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "sys.meta_path.insert(0, Interrupted()); runpy.run_module('testbed', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted; nothing was started\n")
+
+
+def test_a_program_without_a_name(testbed_: Testbed) -> None:
+    """Said before a lab is asked."""
+    assert testbed_("exec", "node1", "--", "") == (
+        2, "", "error: cannot run '' in 'node1': the name of a program is empty\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/tty"])
+def test_files_without_an_end(testbed_: Testbed, name: str) -> None:
+    """A pipe or device is refused and not read."""
+    os.mkfifo("pipe")
+    assert testbed_("validate", name) == (2, "", f"{name}: cannot be read: it is not a regular file\n")
+
+
+def record(**changes: object) -> str:
+    good: dict[str, object] = {
+        "name": "bad", "pid": 99999999, "started": 1.0, "topology": "t", "nodes": ["n"], "proxy_mode": "iptables",
+        "iptables_backend": "nft", "unknown_to_us": 1,
+    }  # fmt: skip
+    return json.dumps({key: value for key, value in {**good, **changes}.items() if value is not None})
+
+
+NOT_OF_OURS = "it is damaged, or of another version"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "its lab.json is damaged"),
+        ("[]", "lab.json is damaged: it is no object"),
+        (record(pid=None), f"its lab.json has no 'pid' that we understand: {NOT_OF_OURS}"),
+        (record(nodes="n"), f"its lab.json has no 'nodes' that we understand: {NOT_OF_OURS}"),
+        (record(pid=1), "its lab.json is damaged"),
+        ("\0\udcff", "its lab.json is damaged"),
+    ],
+)
+def test_a_lab_that_cannot_be_told(testbed_: Testbed, text: str, reason: str) -> None:
+    """The others are listed all the same; naming it says what is wrong."""
+    held = []
+    for name, content in (("bad", text), ("good", record(name="good"))):
+        folder = testbed.lab.folder.claim_folder(name)
+        (folder.path / "lab.json").write_bytes(content.encode(errors="surrogateescape"))
+        held.append(folder)
+    Path("state/file").write_text("")
+    Path("state/No Lab").mkdir()
+    state = Path("state").absolute()
+    said = [
+        f"{state}/No Lab: it is not the folder of a lab; if nobody needs it, remove it",
+        f"{state}/bad: {reason}; kill the first process that `fuser {state}/bad/lock` lists to end it",
+        f"{state}/file: it is not the folder of a lab; if nobody needs it, remove it",
+    ]
+    ended = testbed_("ls", "-o", "json")
+    assert [row["name"] for row in json.loads(ended.out)] == ["good"]
+    assert ended.problems == [f"warning: {line}" for line in said]
+    assert testbed_("down", "bad") == (3, "", f"error: lab 'bad' cannot be used: {said[1]}\n")
+    assert testbed_("down", "file") == (3, "", f"error: lab 'file' cannot be used: {said[2]}\n")
+    assert Path("state/No Lab").is_dir()
+    for folder in held:
+        folder.remove()
+
+
+def test_a_lab_whose_folder_cannot_be_made(testbed_: Testbed) -> None:
+    """A file lies there: one line."""
+    Path("state/x").write_text("")
+    with pytest.raises(LabError, match=r"cannot make the folder of lab 'x', .*/state/x: .*/state/x: File exists"):
+        testbed.lab.folder.claim_folder("x")
+
+
+def test_run_in_a_lab_that_ends(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done so far is reported, the step says why, status 3, and the next scenario is not begun."""
+
+    def start_lab(_topology: object, **how: Any) -> RunningLab:
+        lab = RunningLab()
+
+        def ends(_run: int) -> Completed:
+            lab.ended = "the lab ended: lab 's' was stopped, or a process of it has died\n    last words"
+            return Completed(137, b"", b"")
+
+        lab.programs = ends
+        labs.append((how, lab))
+        return lab
+
+    monkeypatch.setattr(testbed.cli.run, "start_lab", start_lab)
+    ended = testbed_("run", "runs", "other", "--report", "out", "--keep")
+    assert ended.status == 3
+    assert ended.err == (
+        "error: scenario s in iptables: the lab ended: lab 's' was stopped, or a process of it has died\n    last words\n"
+    )
+    assert "seen    the lab ended" in ended.out
+    assert [how["name"] for how, _ in labs] == ["s"]
+    assert not labs[0][1].kept
+    steps = json.loads(Path("out/scenario.json").read_text())["results"][0]["steps"]
+    assert [step["status"] for step in steps] == ["failed", "not run"]
