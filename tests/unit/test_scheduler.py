@@ -9,6 +9,7 @@ from controllers_world import World
 
 from testbed.controllers.placement import (
     AFFINITY,
+    FULL,
     PORTS,
     UNSCHEDULABLE,
     HostPort,
@@ -150,11 +151,13 @@ def test_a_node_that_is_not_ready_counts_as_tainted(ready: str | None, taint: st
         pytest.param(with_port(8080), node(), PORTS, id="port taken"),
         pytest.param(with_port(8081), node(), None, id="other port"),
         pytest.param(with_port(8080, protocol="UDP"), node(), None, id="other protocol"),
+        pytest.param(pod(), {**node(), "status": {"allocatable": {"pods": "1"}}}, FULL, id="full"),
+        pytest.param(pod(), {**node(), "status": {"allocatable": {"pods": "2"}}}, None, id="room for one more"),
     ],
 )
 def test_what_keeps_a_pod_from_a_node(one: Object, there: Object, found: str | None) -> None:
     """The obstacle is named in the scheduler's words."""
-    assert obstacle(one, there, lambda: [with_port(8080, "other")]) == found
+    assert obstacle(one, there, lambda: [with_port(8080, "other")], lambda: 1) == found
 
 
 def test_host_ports() -> None:
@@ -256,6 +259,24 @@ def test_an_unplaced_pod_is_retried_when_nodes_change(world: World, cure: Any, w
     world.settle()
     assert placed(world)
     assert scheduled(world)["status"] == "True"
+
+
+def test_a_full_node_takes_no_more(world: World) -> None:
+    """A node has as many pods as its kubelet allows; the next one waits until one of them has gone."""
+    full = world.add_node("n1")
+    status = {**full["status"], "allocatable": {"pods": "1"}}
+    world.registry.update("nodes", {**full, "status": status}, subresource="status")
+    for name in ("first", "second"):
+        world.create("pods", pod(name))
+        world.settle()
+    assert (placed(world, "first"), placed(world, "second")) == ("n1", "")
+    assert world.messages("FailedScheduling") == [
+        "0/1 nodes are available: 1 Too many pods. "
+        "preemption: 0/1 nodes are available: 1 No preemption victims found for incoming pod."
+    ]
+    world.registry.delete("pods", "default", "first")
+    world.settle()
+    assert placed(world, "second") == "n1"
 
 
 def test_a_freed_port_places_the_next_pod(world: World) -> None:
