@@ -137,12 +137,13 @@ def serving_world(folder: Path, *, history: int | None = None, with_controllers:
         return runner
 
     async def stop(runner: web.AppRunner) -> None:
-        transports = [one.transport for one in runner.server.connections if one.transport] if runner.server else []
-        await runner.cleanup()
-        for transport in transports:  # closing over TLS waits for the client's goodbye; the loop ends before that comes
-            transport.abort()
+        assert runner.server is not None
+        for connection in runner.server.connections:  # a close over TLS waits for the client's, and the loop ends now
+            if connection.transport is not None:
+                connection.transport.abort()
         for _ in range(3):  # the steps from there to the end of the socket
             await asyncio.sleep(0)
+        await runner.cleanup()
 
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

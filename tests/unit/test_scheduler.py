@@ -31,6 +31,12 @@ def node(name: str = "n1", *, labels: dict[str, str] | None = None, ready: str |
     return {"metadata": {"name": name, "labels": labels or {}}, "spec": spec, "status": {"conditions": conditions}}
 
 
+def node_for(pods: int) -> Object:
+    """Return a node that takes so many pods."""
+    there = node()
+    return {**there, "status": {**there["status"], "allocatable": {"pods": str(pods)}}}
+
+
 def pod(name: str = "p", **spec: Any) -> Object:
     spec.setdefault("containers", [{"name": "c", "image": "nginx"}])
     return {
@@ -151,8 +157,8 @@ def test_a_node_that_is_not_ready_counts_as_tainted(ready: str | None, taint: st
         pytest.param(with_port(8080), node(), PORTS, id="port taken"),
         pytest.param(with_port(8081), node(), None, id="other port"),
         pytest.param(with_port(8080, protocol="UDP"), node(), None, id="other protocol"),
-        pytest.param(pod(), node() | {"status": {**node()["status"], "allocatable": {"pods": "1"}}}, FULL, id="full"),
-        pytest.param(pod(), node() | {"status": {**node()["status"], "allocatable": {"pods": "2"}}}, None, id="room for one more"),
+        pytest.param(pod(), node_for(1), FULL, id="full"),
+        pytest.param(pod(), node_for(2), None, id="room for one more"),
     ],
 )
 def test_what_keeps_a_pod_from_a_node(one: Object, there: Object, found: str | None) -> None:

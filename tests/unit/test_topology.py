@@ -56,7 +56,10 @@ def test_a_full_file_becomes_a_topology(tmp_path: Path) -> None:
     """Every field reaches the model, with defaults where the file says nothing."""
     path = tmp_path / "t.yaml"
     path.write_text(
-        changed("labels: {}, taints: []", "labels: {a: b}, taints: [{key: k, effect: NoExecute}], maxPods: 9, interface: eth33")
+        changed(
+            "labels: {}, taints: []",
+            "labels: {a: b}, taints: [{key: k, effect: NoExecute}], maxPods: 9, interface: eth33",
+        )
     )
     topology = load_topology(path)
     assert topology.name == "t"
