@@ -15,6 +15,7 @@ from testbed.model.objects import Object, labels_of
 UNSCHEDULABLE = "node(s) were unschedulable"
 AFFINITY = "node(s) didn't match Pod's node affinity/selector"
 PORTS = "node(s) didn't have free ports for the requested pod ports"
+FULL = "Too many pods"
 _UNSCHEDULABLE_TAINT = {"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}
 
 
@@ -129,11 +130,14 @@ def host_ports(pod: Object) -> list[HostPort]:
     ]
 
 
-def obstacle(pod: Object, node: Object, pods_there: Callable[[], Iterable[Object]]) -> str | None:
+def obstacle(
+    pod: Object, node: Object, pods_there: Callable[[], Iterable[Object]], count_there: Callable[[], int]
+) -> str | None:
     """Return why a pod cannot run on a node, in the scheduler's words, or None.
 
     Args:
         pods_there: Returns the node's unfinished pods; called when the pod wants ports of the node.
+        count_there: Returns how many these are.
     """
     spec = pod.get("spec", {})
     tolerations = spec.get("tolerations") or ()
@@ -149,7 +153,9 @@ def obstacle(pod: Object, node: Object, pods_there: Callable[[], Iterable[Object
         taken = [port for other in pods_there() for port in host_ports(other)]
         if any(mine.conflicts(theirs) for mine in wanted for theirs in taken):
             return PORTS
-    return None
+    allowed = str((node.get("status", {}).get("allocatable") or {}).get("pods", ""))
+    # Kubelets say it in digits; a Node that somebody made by hand may not say it.
+    return FULL if allowed.isdigit() and count_there() >= int(allowed) else None
 
 
 def failure_message(obstacles: Sequence[str]) -> str:
@@ -161,8 +167,8 @@ def failure_message(obstacles: Sequence[str]) -> str:
     """
     if not obstacles:
         return "no nodes available to schedule pods"
-    # Evicting other pods would free ports, and nothing else; we evict nobody.
-    freeable = sum(one == PORTS for one in obstacles)
+    # Evicting other pods would free ports and room, and nothing else; we evict nobody.
+    freeable = sum(one in (PORTS, FULL) for one in obstacles)
     preemption = {
         "No preemption victims found for incoming pod": freeable,
         "Preemption is not helpful for scheduling": len(obstacles) - freeable,

@@ -70,7 +70,8 @@ class Scheduler:
         return None
 
     def _obstacle(self, pod: Object, node: Object) -> str | None:
-        return obstacle(pod, node, lambda: self._index.pods_on(node["metadata"]["name"]))
+        name = node["metadata"]["name"]
+        return obstacle(pod, node, lambda: self._index.pods_on(name), lambda: self._index.count_pods_on(name))
 
     def _report(self, registry: Registry, key: Key, pod: Object, message: str) -> None:
         record_event(registry, pod, "Warning", "FailedScheduling", message, NAME)

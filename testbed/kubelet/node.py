@@ -65,14 +65,13 @@ def node_object(spec: NodeSpec, machine: Machine, now: str) -> Object:
 
 
 def node_status(spec: NodeSpec, machine: Machine, now: str) -> dict[str, object]:
-    pods = max(110, spec.pod_cidr.num_addresses - 3)  # 110 is the kubelet's default
     capacity = {
         "cpu": str(machine.cpus),
         "ephemeral-storage": f"{machine.storage_kib}Ki",
         "hugepages-1Gi": "0",
         "hugepages-2Mi": "0",
         "memory": f"{machine.memory_kib}Ki",
-        "pods": str(pods),
+        "pods": str(spec.max_pods),
     }
     times = {"lastHeartbeatTime": now, "lastTransitionTime": now}
     conditions = [

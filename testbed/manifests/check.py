@@ -9,7 +9,7 @@ from testbed.errors import Problem
 from testbed.manifests.allocations import allocation_problems
 from testbed.manifests.decode import API_VERSION, Decoded
 from testbed.manifests.kubeproxy import KubeProxyWire
-from testbed.manifests.objects import SourceObject, read_objects, unmatched_selectors
+from testbed.manifests.objects import SourceObject, read_objects, repeated_objects, unmatched_selectors
 from testbed.manifests.scenario import SCENARIO_FILE, read_scenario
 from testbed.manifests.source import Document, parse_documents, read_text
 from testbed.manifests.text import suggestion
@@ -46,7 +46,9 @@ def check_files(paths: Sequence[Path]) -> list[Problem]:
                 made, found = _check_document(document)
                 objects += made
             problems += found
-    return sorted({*problems, *unmatched_selectors(objects), *allocation_problems(objects, config)})
+    return sorted(
+        {*problems, *repeated_objects(objects), *unmatched_selectors(objects), *allocation_problems(objects, config)}
+    )
 
 
 def is_kind(document: Document, kind: str) -> bool:

@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed.errors import ManifestError, Problem
+from testbed.errors import Cause, ManifestError, Problem
 from testbed.manifests.kinds import validate_object
+from testbed.manifests.kinds.causes import go_quote
 from testbed.manifests.kinds.fields import KINDS
-from testbed.manifests.source import Document, Lines, find_line, parse_documents, read_text
-from testbed.manifests.text import describe_value, suggestion
-from testbed.manifests.typecheck import find_misfits
-from testbed.model.objects import BY_KIND, Object, matches_labels
+from testbed.manifests.kinds.service import TYPES
+from testbed.manifests.source import (
+    Document,
+    FieldPath,
+    Lines,
+    find_line,
+    line_at,
+    lines_at,
+    parse_documents,
+    read_text,
+)
+from testbed.manifests.text import describe_value, format_path, suggestion
+from testbed.manifests.typecheck import fit_object
+from testbed.model.objects import BY_KIND, Object, Resource, matches_labels
 
 # Whose ``spec.template`` makes pods, called NAME-something.
 WORKLOADS = frozenset({"Deployment", "ReplicaSet", "DaemonSet", "StatefulSet", "Job", "ReplicationController"})
@@ -98,9 +109,10 @@ def read_objects(documents: Sequence[Document]) -> tuple[list[SourceObject], lis
     problems: list[Problem] = []
     for document in documents:
         for value, lines in _flatten(document.value, document.lines):
-            problems += _object_problems(value, lines, document.file)
+            usable, found = _check_object(value, lines, document.file)
+            problems += found
             if _is_shaped(value):
-                objects.append(SourceObject(value, document.file, lines[0], lines))
+                objects.append(SourceObject(usable, document.file, lines[0], lines))
     return objects, problems
 
 
@@ -128,55 +140,173 @@ def _is_shaped(value: Any) -> bool:
     return all(isinstance(text, str) and text for text in texts)
 
 
-def _object_problems(value: Any, lines: Lines, file: str) -> list[Problem]:
-    def problem(field: str, message: str, *, is_warning: bool = False) -> Problem:
-        return Problem(file, find_line(lines, field), message, is_warning)
-
+def _check_object(value: Any, lines: Lines, file: str) -> tuple[Object, list[Problem]]:
+    """Return what of an object can be read, and every problem of it. What cannot be read hides nothing else."""
     if not isinstance(value, dict):
-        return [problem("", f"wants a Kubernetes object, got {describe_value(value)}")]
-    found = []
+        return {}, [Problem(file, lines[0], f"wants a Kubernetes object, got {describe_value(value)}")]
+    found = _head_problems(value)
+    kind = value.get("kind")
+    if str(value.get("apiVersion")).startswith("testbed/") and not found:
+        message = f"a {kind} of the testbed is not an object of the cluster"
+        return value, [Problem(file, line_at(lines, ("kind",)), message)]
+    found += _name_problems(value.get("metadata"))
+    resource = _resource_of(value)
+    fitting, misfits = fit_object(value, KINDS.get(resource.key) if resource is not None else None)
+    unread = [path for path, _ in found] + [misfit.unread for misfit in misfits]
+    found += [(misfit.path, misfit.message) for misfit in misfits if (misfit.path, misfit.message) not in found]
+    problems = [Problem(file, line_at(lines, path), message) for path, message in found]
+    if resource is None and not isinstance(kind, str):
+        unread.append(("metadata", "name"))  # which names are valid depends on the kind
+    for cause in _readable_causes(fitting, resource, unread):
+        path, message = _place(cause, fitting)
+        problems.append(Problem(file, _line_of_cause(lines, path, cause), message))
+    return fitting, problems
+
+
+def _head_problems(value: dict[str, Any]) -> list[tuple[FieldPath, str]]:
+    """What every object needs before its kind is known."""
+    found: list[tuple[FieldPath, str]] = []
     for field in ("apiVersion", "kind"):
-        if value.get(field) is None:
-            found.append(problem("", f'required field "{field}" is missing'))
-        elif not isinstance(value[field], str) or not value[field]:
-            found.append(problem(field, f"{field}: wants text, got {describe_value(value[field])}"))
-    metadata = value.get("metadata")
-    if metadata is None:
-        found.append(problem("", 'required field "metadata" is missing'))
-    elif not isinstance(metadata, dict):
-        found.append(problem("metadata", f"metadata: wants a mapping, got {describe_value(metadata)}"))
-    else:
-        found += [problem(f"metadata.{field}", text) for field, text in _name_problems(metadata)]
+        text = value.get(field)
+        if text is None:
+            found.append(((), f'required field "{field}" is missing'))
+        elif not isinstance(text, str) or not text:
+            found.append(((field,), f"{field}: wants text, got {describe_value(text)}"))
     if found:
         return found
     api_version, kind = value["apiVersion"], value["kind"]
-    if api_version.startswith("testbed/"):
-        return [problem("kind", f"a {kind} of the testbed is not an object of the cluster")]
     if (api_version, kind) not in BY_KIND and kind not in KINDS.values():
         kinds = [known for version, known in BY_KIND if version == api_version]
         if hint := suggestion(kind, kinds, cutoff=0.8):
-            found.append(problem("kind", f'no kind "{kind}" in version "{api_version}"{hint}'))
-    found += [problem(path, message) for path, message in find_misfits(value)]
-    if not found:  # the rules rely on the types
-        found += [problem(cause.field, str(cause)) for cause in validate_object(value)]
+            found.append((("kind",), f'no kind "{kind}" in version "{api_version}"{hint}'))
     return found
 
 
-def _name_problems(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+def _resource_of(value: dict[str, Any]) -> Resource | None:
+    """Return an object's resource, also when its apiVersion is unreadable and only one group has the kind."""
+    api_version, kind = value.get("apiVersion"), value.get("kind")
+    if isinstance(api_version, str) and api_version:
+        return BY_KIND.get((api_version, str(kind)))
+    candidates = [resource for (_, name), resource in BY_KIND.items() if name == kind]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _readable_causes(fitting: dict[str, Any], resource: Resource | None, unread: Sequence[FieldPath]) -> list[Cause]:
+    """Return the problems of what could be read, without those that only come from what could not."""
+    head = {"apiVersion": resource.api_version, "kind": resource.kind} if resource is not None else {}
+    base = {**fitting, **head, "metadata": fitting.get("metadata") or {}}
+    causes = validate_object(base)
+    unread_texts = {text.lower() for path in unread if path for text in _spellings(path)}
+    if base.get("kind") == "Service" and ("spec", "type") in unread:
+        # A problem is one only if it is one whatever type was meant.
+        others = [set(validate_object({**base, "spec": {**base["spec"], "type": type_}})) for type_ in TYPES]
+        causes = [cause for cause in causes if all(cause in other for other in others)]
+    if base["metadata"].get("generateName"):
+        unread_texts.add("metadata.name")  # the API makes it
+    return [
+        cause
+        for cause in causes
+        if not _rests_on(cause.field.lower(), unread_texts) or any(_is_about_key(cause, path) for path in unread)
+    ]
+
+
+def _is_about_key(cause: Cause, path: FieldPath) -> bool:
+    """Say whether a cause is about the last key of a path, and not about the value there."""
+    if not path or isinstance(path[-1], int) or not cause.message.startswith(f"Invalid value: {go_quote(path[-1])}: "):
+        return False
+    return cause.field in (f"{format_path(path[:-1])}[{path[-1]}]", format_path(path[:-1]))
+
+
+def _spellings(path: FieldPath) -> set[str]:
+    """How a field may be written in a cause."""
+    plain = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)[1:]
+    return {plain, format_path(path), f"{format_path(path[:-1])}[{path[-1]}]"}
+
+
+#: (cause, what it is concluded from): with that unread, nothing can be concluded
+_CONCLUSIONS = (
+    (r"spec\.template\.metadata\.labels", ("spec.selector", "spec.template.metadata.labels")),
+    (r"(.*)\.(?:initc|c)ontainers\[\d+\]\.volumemounts\[\d+\]\.name", (r"\1.volumes",)),
+    (r"spec\.clusterips.*", ("spec.clusterip",)),
+    (r"spec\.clusterip", ("spec.clusterips",)),
+)
+
+
+def _rests_on(field: str, unread: set[str]) -> bool:
+    if any(field == text or field.startswith((f"{text}.", f"{text}[")) for text in unread):
+        return True
+    for pattern, sources in _CONCLUSIONS:
+        match = re.fullmatch(pattern, field)
+        if match and any(text.startswith(match.expand(source)) for source in sources for text in unread):
+            return True
+    return False
+
+
+def _place(cause: Cause, value: Any) -> tuple[str, str]:
+    """Return where a cause points to in the file, and its text. A size that is told of no field is its largest value's."""
+    if cause.reason == "FieldValueTooLong" and not cause.field:
+        field = format_path(_longest(value, ())[1])
+        return field, f"{field}: {cause.message}"
+    field = cause.field
+    for upstream, written in (
+        ("spec.LoadBalancerS", "spec.loadBalancerS"),
+        ("template.labels", "template.metadata.labels"),
+    ):
+        field = field.replace(upstream, written)
+    return field, str(cause) if cause.field else cause.message
+
+
+def _longest(value: Any, path: FieldPath) -> tuple[int, FieldPath]:
+    if isinstance(value, str):
+        return len(value), path
+    steps: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return max((_longest(inner, (*path, step)) for step, inner in steps), default=(0, path), key=lambda one: one[0])
+
+
+def _line_of_cause(lines: Lines, field: str, cause: Cause) -> int:
+    """Return a cause's line; where it names a whole mapping for one key in it, as for labels, the line of the key."""
+    found = lines_at(lines, field)
+    if isinstance(found[1], dict):
+        for key, inner in found[1].items():
+            if cause.message.startswith(f"Invalid value: {go_quote(key)}: "):
+                return int(inner[0])
+    return found[0]
+
+
+def _name_problems(metadata: Any) -> list[tuple[FieldPath, str]]:
     """The rules for names of every kind: they become path segments. Kinds that we know have more rules."""
-    found = []
-    name, generate_name = metadata.get("name"), metadata.get("generateName")
-    if name is None and generate_name is None:
-        found.append(("", 'metadata: required field "name" is missing'))
+    if metadata is None:
+        return [(("metadata",), 'required field "metadata" is missing')]
+    if not isinstance(metadata, dict):
+        return []  # its type is told with all the others
+    found: list[tuple[FieldPath, str]] = []
+    if metadata.get("name") is None and metadata.get("generateName") is None:
+        found.append((("metadata", "name"), 'metadata: required field "name" is missing'))
     for field in ("name", "generateName", "namespace"):
         text = metadata.get(field)
-        if text is None:
-            continue
         if not isinstance(text, str):
-            found.append((field, f"metadata.{field}: wants text, got {describe_value(text)}"))
-        elif text in ("", ".", "..") or not re.fullmatch(r"[A-Za-z0-9:._-]{1,253}", text):
-            found.append((field, f"metadata.{field}: {text!r} is not a valid name"))
+            continue
+        if text in ("", ".", "..") or not re.fullmatch(r"[A-Za-z0-9:._-]{1,253}", text):
+            found.append((("metadata", field), f"metadata.{field}: {text!r} is not a valid name"))
     return found
+
+
+def repeated_objects(objects: Sequence[SourceObject]) -> list[Problem]:
+    """Return a warning for each object that its own file has had before: applied, the later one wins."""
+    problems = []
+    first: dict[tuple[str, str, str, str, str], SourceObject] = {}
+    for source in objects:
+        group = str(source.object["apiVersion"]).rpartition("/")[0]
+        if not source.object["metadata"].get("name"):
+            continue  # each gets a name of its own
+        known = first.setdefault((source.file, group, source.kind, source.namespace, source.name), source)
+        if known is not source:
+            name = f"{source.namespace}/{source.name}" if source.namespace else source.name
+            message = (
+                f"{source.kind} {name} is defined twice in this file, first in line {known.line}: the later one wins"
+            )
+            problems.append(Problem(source.file, source.line, message, True))
+    return problems
 
 
 def unmatched_selectors(objects: Sequence[SourceObject]) -> list[Problem]:

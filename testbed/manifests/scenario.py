@@ -18,7 +18,7 @@ from testbed.errors import ManifestError, Problem
 from testbed.manifests.allocations import allocation_problems
 from testbed.manifests.crosscheck import makes_objects, missing, missing_namespaces
 from testbed.manifests.decode import Decoded, Wire, json_schema
-from testbed.manifests.objects import SourceObject, read_objects_file, unmatched_selectors
+from testbed.manifests.objects import SourceObject, read_objects_file, repeated_objects, unmatched_selectors
 from testbed.manifests.scalars import (
     SUBDOMAIN_PATTERN,
     Duration,
@@ -314,6 +314,7 @@ class _Reader:
         return path
 
     def _cross_check(self, steps: Sequence[Step]) -> None:
+        self.problems_elsewhere += repeated_objects(self.objects)
         self.problems_elsewhere += unmatched_selectors(self.objects)
         if self.topology is not None:
             # What a step deletes is free for the next Service: then only the ranges are certain.

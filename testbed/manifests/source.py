@@ -11,6 +11,7 @@ the last of two equal keys win.
 from __future__ import annotations
 
 import gc
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ _WORDS: dict[str, bool | None] = {
     **{form: True for word in ("true", "yes", "on", "y") for form in (word, word.title(), word.upper())},
     **{form: False for word in ("false", "no", "off", "n") for form in (word, word.title(), word.upper())},
 }
+_NO_NUMBERS = {
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+    **{f"{sign}{form}": math.inf for sign in ("", "+") for form in (".inf", ".Inf", ".INF")},
+    **{f"-{form}": -math.inf for form in (".inf", ".Inf", ".INF")},
+}
+_MAX_DIGITS = 1000  # far beyond what a float64 reaches, written in any base
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +61,7 @@ class Document:
 
     def line_of(self, path: Sequence[str | int]) -> int:
         """Return the line of a field, or of the nearest thing around it that is there."""
-        found = self.lines
-        for step in path:
-            inner = found[1]
-            if isinstance(inner, dict) and step in inner:
-                found = inner[str(step)]
-            elif isinstance(inner, list) and isinstance(step, int) and step < len(inner):
-                found = inner[step]
-            else:
-                break
-        return found[0]
+        return line_at(self.lines, path)
 
 
 def read_text(path: Path) -> tuple[str, list[Problem]]:
@@ -194,13 +192,24 @@ class _Composer:
         text: str = event.value
         tag = event.tag
         if tag in (None, "!"):
-            return plain_value(text) if event.implicit[0] and tag is None else text
+            return self._plain(text, line) if event.implicit[0] and tag is None else text
         if tag in (f"{_TAG}str", f"{_TAG}binary"):
             return text
         if tag in (f"{_TAG}int", f"{_TAG}float", f"{_TAG}bool", f"{_TAG}null"):
-            return plain_value(text)
+            return self._plain(text, line)
         self.refuse(line, f"YAML tag {_shown_tag(tag)} is not supported")
         return text
+
+    def _plain(self, text: str, line: int) -> Any:
+        value = plain_value(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            go_name = "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+            shown = text if len(text) <= 20 else f"{text[:20]}… ({len(text)} characters)"
+            self.refuse(
+                line, f"{shown} is no number that JSON has (json: unsupported value: {go_name}); for text, quote it"
+            )
+            return None
+        return value
 
     def _key(self, frame: _Open, text: str, line: int, *, is_plain: bool) -> None:
         if text == "<<" and is_plain:
@@ -290,13 +299,17 @@ class _Composer:
 
 
 def plain_value(text: str) -> Any:
-    """Return what an unquoted scalar means: None, a boolean, a number, or the text itself."""
+    """Return what an unquoted scalar means: None, a boolean, a number (not always a finite one), or the text itself."""
     if text in _WORDS:
         return _WORDS[text]
     first = text[0]
     if not (first.isdigit() or first in "+-."):
         return text
+    if text in _NO_NUMBERS:
+        return _NO_NUMBERS[text]
     if _INT.fullmatch(text):
+        if len(text) > _MAX_DIGITS:
+            return -math.inf if first == "-" else math.inf
         digits = text.replace("_", "").lower()
         sign = -1 if digits[0] == "-" else 1
         digits = digits.lstrip("+-")
@@ -307,8 +320,7 @@ def plain_value(text: str) -> Any:
         except ValueError:
             return text
     if _FLOAT.fullmatch(text):
-        number = float(text)
-        return number if abs(number) != float("inf") else text  # JSON has no infinity
+        return float(text)
     return text
 
 
@@ -328,8 +340,27 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
+def line_at(lines: Lines, path: Sequence[str | int]) -> int:
+    """Return the line of a field, or of the nearest thing around it that is there."""
+    found = lines
+    for step in path:
+        inner = found[1]
+        if isinstance(inner, dict) and step in inner:
+            found = inner[str(step)]
+        elif isinstance(inner, list) and isinstance(step, int) and step < len(inner):
+            found = inner[step]
+        else:
+            break
+    return found[0]
+
+
 def find_line(lines: Lines, field_path: str) -> int:
-    """Return the line of a field written as Kubernetes does, ``spec.ports[0].nodePort``, or of the nearest thing around it.
+    """Return the line of a field, as `lines_at`."""
+    return lines_at(lines, field_path)[0]
+
+
+def lines_at(lines: Lines, field_path: str) -> Lines:
+    """Return the lines of a field written as Kubernetes does, ``spec.ports[0].nodePort``, or of the nearest thing around it.
 
     Keys may hold dots (``metadata.labels.app.kubernetes.io/name``): of the keys that are there, the longest fitting one is taken.
     """
@@ -349,4 +380,4 @@ def find_line(lines: Lines, field_path: str) -> int:
             found, rest = inner[key], rest[len(key) :].removeprefix(".")
         else:
             break
-    return found[0]
+    return found

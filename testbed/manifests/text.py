@@ -16,9 +16,15 @@ def unknown_field(name: str, known: Iterable[str]) -> str:
 
 def suggestion(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return `` (did you mean "x"?)`` for the known name that looks most like this one, or ''."""
+    close = closest(name, known, cutoff=cutoff)
+    return f' (did you mean "{close}"?)' if close else ""
+
+
+def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return the known name that looks most like this one, or '' when none is like it."""
     by_lower = {text.lower(): text for text in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
-    return f' (did you mean "{by_lower[close[0]]}"?)' if close else ""
+    return by_lower[close[0]] if close else ""
 
 
 def format_path(path: FieldPath) -> str:

@@ -42,7 +42,16 @@ from testbed.model.cluster import (
     DNS_OFFSET,
     ClusterConfig,
 )
-from testbed.model.topology import DEFAULT_INTERFACE, HostSpec, LinkSpec, Network, NodeSpec, Taint, Topology
+from testbed.model.topology import (
+    DEFAULT_INTERFACE,
+    DEFAULT_MAX_PODS,
+    HostSpec,
+    LinkSpec,
+    Network,
+    NodeSpec,
+    Taint,
+    Topology,
+)
 
 TOPOLOGIES = Path(__file__).resolve().parents[2] / "topologies"
 NODE_MASK_BITS = 24  # kube-controller-manager --node-cidr-mask-size
@@ -89,6 +98,7 @@ class NodeWire(Wire):
     pod_cidr: Annotated[IPv4Network | None, Meta(description="default: the next free /24 of the cluster's")] = field(
         default=None, name="podCIDR"
     )
+    max_pods: Annotated[int, Meta(ge=1, description="how many pods it takes; default 110")] | None = None
     labels: dict[LabelKey, LabelValue] = field(default_factory=dict)
     taints: list[TaintWire] = field(default_factory=list)
 
@@ -468,6 +478,7 @@ class _Reader:
             address=wire.address,
             interface=str(wire.interface or DEFAULT_INTERFACE),
             pod_cidr=pod_cidr,
+            max_pods=wire.max_pods or DEFAULT_MAX_PODS,
             labels={str(key): str(value) for key, value in wire.labels.items()},
             taints=tuple(Taint(key=str(t.key), value=str(t.value or ""), effect=str(t.effect)) for t in wire.taints),
         )

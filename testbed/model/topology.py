@@ -12,6 +12,7 @@ from testbed.model.cluster import ClusterConfig
 PROXY_MODES = ("userspace", "iptables", "ipvs", "nftables")
 DEFAULT_PROXY_MODE = "iptables"  # what kube-proxy on Linux does with an empty mode
 DEFAULT_INTERFACE = "eth0"
+DEFAULT_MAX_PODS = 110  # the kubelet's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class NodeSpec:
     address: IPv4Address
     interface: str = DEFAULT_INTERFACE
     pod_cidr: IPv4Network
+    max_pods: int = DEFAULT_MAX_PODS
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[Taint, ...] = ()
 

@@ -136,6 +136,15 @@ def serving_world(folder: Path, *, history: int | None = None, with_controllers:
         server.port = runner.addresses[0][1]
         return runner
 
+    async def stop(runner: web.AppRunner) -> None:
+        assert runner.server is not None
+        for connection in runner.server.connections:  # a close over TLS waits for the client's, and the loop ends now
+            if connection.transport is not None:
+                connection.transport.abort()
+        for _ in range(3):  # the steps from there to the end of the socket
+            await asyncio.sleep(0)
+        await runner.cleanup()
+
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
@@ -144,7 +153,7 @@ def serving_world(folder: Path, *, history: int | None = None, with_controllers:
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(stop(runner), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
@@ -157,25 +166,40 @@ _CHANGING = (
     (re.compile(r"(?m)^(  (?:Normal|Warning) +\S+ +)\d+[ydhms]\d*[dhms]?( +)"), r"\1AGE\2"),
     (re.compile(r"/tmp/\S+?(?=/|\s)"), "/tmp/X"),
     (re.compile(r"(?m)^(diff .*|[-+]{3} .*)$"), "DIFF HEADER"),
+    # how often controllers write is not what these files are about
+    (re.compile(r'("?resourceVersion"?: )"\d+"'), r'\1"RV"'),
+    (re.compile(r"(Resource Version: +)\d+"), r"\1RV"),
 )
+_UID = re.compile(r"\buid-\d+\b")  # as a World gives them out
 
 
-def normalised(text: str) -> str:
+class Uids:
+    """Names for uids in the order in which they appear: the same object has the same name in every output."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def rename(self, text: str) -> str:
+        return _UID.sub(lambda found: self._names.setdefault(found[0], f"UID-{len(self._names) + 1}"), text)
+
+
+def normalised(text: str, uids: Uids) -> str:
     """Return kubectl's output without what changes from run to run."""
     for pattern, replacement in _CHANGING:
         text = pattern.sub(replacement, text)
+    text = uids.rename(text)
     head, found, events = text.partition("\nEvents:\n")
     if found:  # its columns are as wide as the ages are
         text = head + found + re.sub(r"(?<=\S) {2,}", "  ", events)
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def transcript(done: subprocess.CompletedProcess[str]) -> str:
+def transcript(done: subprocess.CompletedProcess[str], uids: Uids) -> str:
     """Return what a command printed: standard output, then lines of standard error with ``! ``, then its status."""
-    lines = normalised(done.stdout).splitlines()
-    lines += [f"! {line}" for line in normalised(done.stderr).splitlines()]
+    lines = normalised(done.stdout, uids).splitlines()
+    lines += [f"! {line}" for line in normalised(done.stderr, uids).splitlines()]
     lines += [f"? {done.returncode}"] if done.returncode else []
     return "\n".join(lines).strip("\n")
 
 
-__all__ = ["ADMIN_TOKEN", "BUNDLED", "HERE", "OLD", "Server", "serving_world", "transcript"]
+__all__ = ["ADMIN_TOKEN", "BUNDLED", "HERE", "OLD", "Server", "Uids", "serving_world", "transcript"]

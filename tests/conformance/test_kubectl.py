@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import HERE, Server, transcript
+from support import HERE, Server, Uids, transcript
 
 GOLDEN = sorted((HERE / "golden").glob("*.txt"))
 
@@ -51,10 +51,10 @@ def test_kubectl_prints_what_the_golden_file_says(
     path: Path, server: Server, kubectl: Path, request: pytest.FixtureRequest
 ) -> None:
     """Every command of a golden file prints what it says, on a new cluster."""
-    seen, wanted = [], []
+    seen, wanted, uids = [], [], Uids()
     for command, expected in read_blocks(path):
         done = server.kubectl(*shlex.split(command), program=kubectl)
-        seen.append(transcript(done))
+        seen.append(transcript(done, uids))
         wanted.append(f"$ {command}\n{expected}")
     if request.config.getoption("--update-golden"):
         path.write_text(written(path, seen))

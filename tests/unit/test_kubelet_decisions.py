@@ -468,10 +468,10 @@ def test_every_address_of_a_large_range_is_used() -> None:
 
 
 def test_a_node_registers_as_the_topology_says() -> None:
-    """Labels, taints, addresses and room for as many pods as there are addresses."""
+    """Labels, taints, addresses and room for maxPods pods, however many addresses there are."""
     spec = NodeSpec(
         name="node1", network="lan", address=IPv4Address("192.168.93.11"), pod_cidr=IPv4Network("10.244.0.0/22"),
-        labels={"zone": "a"}, taints=(Taint(key="k", value="v", effect="NoExecute"),),
+        max_pods=500, labels={"zone": "a"}, taints=(Taint(key="k", value="v", effect="NoExecute"),),
     )  # fmt: skip
     machine = Machine(kernel="6.1.0", os_image="Debian", architecture="amd64", cpus=2, memory_kib=1024)
     node = node_object(spec, machine, "2024-01-01T00:00:00Z")
@@ -482,7 +482,7 @@ def test_a_node_registers_as_the_topology_says() -> None:
     assert node["spec"] == {
         "podCIDR": "10.244.0.0/22", "podCIDRs": ["10.244.0.0/22"], "taints": [{"key": "k", "value": "v", "effect": "NoExecute"}],
     }  # fmt: skip
-    assert node["status"]["capacity"]["pods"] == "1021"
+    assert node["status"]["capacity"]["pods"] == "500"
     assert {one["type"]: one["status"] for one in node["status"]["conditions"]}["Ready"] == "True"
 
 

@@ -62,7 +62,7 @@ def problems_of(tmp_path: Path, text: str, name: str = "f.yaml") -> list[str]:
         (".5", 0.5),
         ("22:22", "22:22"),
         ("2020-01-01", "2020-01-01"),
-        (".inf", ".inf"),
+        ("'.inf'", ".inf"),
         ("1.2.3.4", "1.2.3.4"),
         ("!!str 5", "5"),
         ("!!int '5'", 5),
@@ -82,6 +82,10 @@ def test_plain_scalars_mean_what_they_mean_to_kubectl(text: str, value: object) 
         ("a: !!python/object/apply:os.system ['x']\n", "f.yaml:1: YAML tag !!python/object/apply:os.system is not supported"),
         ("a: &a [*a]\n", "f.yaml:1: YAML syntax: anchor &a contains itself"),
         ("a: *b\n", "f.yaml:1: YAML syntax: no anchor &b before this alias"),
+        ("a: .nan\n", "f.yaml:1: .nan is no number that JSON has (json: unsupported value: NaN); for text, quote it"),
+        ("a: -.Inf\n", "f.yaml:1: -.Inf is no number that JSON has (json: unsupported value: -Inf); for text, quote it"),
+        ("a:\n  b: 0x" + 9998 * "f", "f.yaml:2: 0xffffffffffffffffff… (10000 characters) is no number that JSON has "
+         "(json: unsupported value: +Inf); for text, quote it"),
         ("[a]: b\n", "f.yaml:1: a mapping or list cannot be a key"),
         ("a: b\nc: \x07\n", "f.yaml:2: YAML syntax: control characters are not allowed"),
         ("[" * 101, "f.yaml:1: nested deeper than 100 levels"),
@@ -140,8 +144,8 @@ def test_every_path_has_its_line() -> None:
             'f.yaml:13: spec.template.spec.containers[0]: unknown field "imgae" (did you mean "image"?)'], id="in a container"),
         pytest.param("replicas: 3", "replicas: three", [
             "f.yaml:5: spec.replicas: wants a whole number, got the text 'three'"], id="wrong type"),
-        pytest.param("image: nginx", "ports: 80", [
-            "f.yaml:13: spec.template.spec.containers[0].ports: wants a list, got the number 80"], id="not a list"),
+        pytest.param("image: nginx", "image: nginx\n          ports: 80", [
+            "f.yaml:14: spec.template.spec.containers[0].ports: wants a list, got the number 80"], id="not a list"),
         pytest.param("labels: {app: web}", "labels: {app: 5}", [
             "f.yaml:9: spec.template.metadata.labels.app: wants text, got the number 5"], id="label that is a number"),
         pytest.param("kind: Deployment", "kind: Deploymnet", [
@@ -195,7 +199,94 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "f.yaml:15: wants a Kubernetes object, got the number 5",
         'f.yaml:17: required field "apiVersion" is missing',
         'f.yaml:17: required field "metadata" is missing',
+        "f.yaml:17: spec.containers: Required value",
         "f.yaml:20: YAML syntax: while parsing a flow node, did not find expected node content",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param(
+            "kind: Service\nmetadata:\n  name: a\n  namespace: [x]\n  labels: 5\nspec:\n  ports: {a: 80}\n  type: 7\n"
+            "  clusterIP: 5\n  sessionAffinity: Maybe\n",
+            [
+                "f.yaml:5: metadata.namespace: wants text, got a list",
+                "f.yaml:6: metadata.labels: wants a mapping, got the number 5",
+                "f.yaml:8: spec.ports: wants a list, got a mapping",
+                "f.yaml:9: spec.type: wants text, got the number 7",
+                "f.yaml:10: spec.clusterIP: wants text, got the number 5",
+                'f.yaml:11: spec.sessionAffinity: Unsupported value: "Maybe": supported values: "ClientIP", "None"',
+            ],
+            id="types of every field, and a rule",
+        ),
+        pytest.param(
+            "kind: Service\nmetadata: {name: a}\nspec:\n  type: 7\n  externalTrafficPolicy: Local\n"
+            "  ports: [{port: 80, nodePort: 30080}, {port: 0}]\n",
+            [
+                "f.yaml:5: spec.type: wants text, got the number 7",
+                "f.yaml:7: spec.ports[0].name: Required value",
+                "f.yaml:7: spec.ports[1].name: Required value",
+                "f.yaml:7: spec.ports[1].port: Invalid value: 0: must be between 1 and 65535, inclusive",
+                "f.yaml:7: spec.ports[1].targetPort: Invalid value: 0: must be between 1 and 65535, inclusive",
+            ],
+            id="what may be right with the type that was meant is not told",
+        ),
+        pytest.param(
+            "kind: Pod\nmetadata:\n  name: 123\nspec:\n  containers: 5\n",
+            [
+                "f.yaml:4: metadata.name: wants text, got the number 123",
+                "f.yaml:6: spec.containers: wants a list, got the number 5",
+            ],
+            id="name and containers",
+        ),
+        pytest.param(
+            "kind: Pod\nmetadata: null\n",
+            ["f.yaml:1: spec.containers: Required value", 'f.yaml:3: required field "metadata" is missing'],
+            id="no metadata and no spec",
+        ),
+        pytest.param(
+            "kind: Pod\nmetadata:\n  name: a/b\nspec:\n  restartPolicy: Sometimes\n  containers:\n  - imgae: x\n    name: c\n",
+            [
+                "f.yaml:4: metadata.name: 'a/b' is not a valid name",
+                'f.yaml:6: spec.restartPolicy: Unsupported value: "Sometimes": supported values: "Always", "Never", "OnFailure"',
+                'f.yaml:8: spec.containers[0]: unknown field "imgae" (did you mean "image"?)',
+            ],
+            id="hostile name, rule, misspelt field that is then not missing",
+        ),
+        pytest.param(
+            "kind: ConfigMap\nmetadata:\n  name: ..\n  labels:\n    ok: ok\n    not ok: x\ndata:\n  '..': yes\n  n: 12\n",
+            [
+                "f.yaml:4: metadata.name: '..' is not a valid name",
+                'f.yaml:7: metadata.labels: Invalid value: "not ok": name part must consist of alphanumeric characters, '
+                "'-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or "
+                "'123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')",
+                "f.yaml:9: data[..]: Invalid value: \"..\": must not be '..'",
+                "f.yaml:9: data[..]: wants text, got the boolean true",
+                "f.yaml:10: data.n: wants text, got the number 12",
+            ],
+            id="keys and values, each at its own line",
+        ),
+    ],
+)
+def test_what_cannot_be_read_hides_nothing_else(tmp_path: Path, text: str, expected: list[str]) -> None:
+    """Every problem of an object is told at its own line, and nothing that only follows from another problem."""
+    assert problems_of(tmp_path, f"apiVersion: v1\n{text}") == expected
+
+
+def test_a_size_is_told_of_the_largest_value(tmp_path: Path) -> None:
+    """The API names no field for a ConfigMap that is too large; a file has one that makes it so."""
+    big = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\ndata:\n  small: x\n  big: " + "x" * 2**20 + "\n"
+    assert problems_of(tmp_path, big) == ["f.yaml:6: data.big: Too long: must have at most 1048576 bytes"]
+
+
+def test_an_object_defined_twice_is_a_warning(tmp_path: Path) -> None:
+    """Both lines are named, and the second is checked like the first; the same name elsewhere is another object."""
+    text = SERVICE.replace("WEB", "web") + "---\n" + SERVICE + "---\n" + DEPLOYMENT
+    text += "---\n" + SERVICE.replace("WEB", "web").replace("dev", "prod").replace("  selector: {app: web}\n", "")
+    assert problems_of(tmp_path, text) == [
+        "f.yaml:8: warning: Service dev/web is defined twice in this file, first in line 1: the later one wins",
+        "f.yaml:13: warning: spec.selector: Service dev/web: selector 'app=WEB' matches no pod of these manifests",
     ]
 
 
@@ -266,6 +357,7 @@ def test_addresses_and_ports_that_cannot_be_had(tmp_path: Path) -> None:
         + service("d", "10.96.0.1", 30888, "UDP")
         + service("a", "10.96.1.10", 30888)
     )
+    again = "f.yaml:37: warning: Service default/a is defined twice in this file, first in line 1: the later one wins"
     taken = "provided port is already allocated (to Service default/a)"
     assert problems_of(tmp_path, text) == [
         'f.yaml:15: spec.clusterIPs: Invalid value: []string{"10.96.1.10"}: failed to allocate IP 10.96.1.10: '
@@ -277,6 +369,7 @@ def test_addresses_and_ports_that_cannot_be_had(tmp_path: Path) -> None:
         "The range of valid ports is 30000-32767",
         'f.yaml:33: spec.clusterIPs: Invalid value: []string{"10.96.0.1"}: failed to allocate IP 10.96.0.1: '
         "provided IP is already allocated (to Service default/kubernetes)",
+        again,
     ]
 
 

@@ -9,6 +9,7 @@ from controllers_world import World
 
 from testbed.controllers.placement import (
     AFFINITY,
+    FULL,
     PORTS,
     UNSCHEDULABLE,
     HostPort,
@@ -28,6 +29,12 @@ CONTROL_PLANE = {"key": "node-role.kubernetes.io/control-plane", "effect": "NoSc
 def node(name: str = "n1", *, labels: dict[str, str] | None = None, ready: str | None = "True", **spec: Any) -> Object:
     conditions = [] if ready is None else [{"type": "Ready", "status": ready}]
     return {"metadata": {"name": name, "labels": labels or {}}, "spec": spec, "status": {"conditions": conditions}}
+
+
+def node_for(pods: int) -> Object:
+    """Return a node that takes so many pods."""
+    there = node()
+    return {**there, "status": {**there["status"], "allocatable": {"pods": str(pods)}}}
 
 
 def pod(name: str = "p", **spec: Any) -> Object:
@@ -150,11 +157,13 @@ def test_a_node_that_is_not_ready_counts_as_tainted(ready: str | None, taint: st
         pytest.param(with_port(8080), node(), PORTS, id="port taken"),
         pytest.param(with_port(8081), node(), None, id="other port"),
         pytest.param(with_port(8080, protocol="UDP"), node(), None, id="other protocol"),
+        pytest.param(pod(), node_for(1), FULL, id="full"),
+        pytest.param(pod(), node_for(2), None, id="room for one more"),
     ],
 )
 def test_what_keeps_a_pod_from_a_node(one: Object, there: Object, found: str | None) -> None:
     """The obstacle is named in the scheduler's words."""
-    assert obstacle(one, there, lambda: [with_port(8080, "other")]) == found
+    assert obstacle(one, there, lambda: [with_port(8080, "other")], lambda: 1) == found
 
 
 def test_host_ports() -> None:
@@ -256,6 +265,24 @@ def test_an_unplaced_pod_is_retried_when_nodes_change(world: World, cure: Any, w
     world.settle()
     assert placed(world)
     assert scheduled(world)["status"] == "True"
+
+
+def test_a_full_node_takes_no_more(world: World) -> None:
+    """A node has as many pods as its kubelet allows; the next one waits until one of them has gone."""
+    full = world.add_node("n1")
+    status = {**full["status"], "allocatable": {"pods": "1"}}
+    world.registry.update("nodes", {**full, "status": status}, subresource="status")
+    for name in ("first", "second"):
+        world.create("pods", pod(name))
+        world.settle()
+    assert (placed(world, "first"), placed(world, "second")) == ("n1", "")
+    assert world.messages("FailedScheduling") == [
+        "0/1 nodes are available: 1 Too many pods. "
+        "preemption: 0/1 nodes are available: 1 No preemption victims found for incoming pod."
+    ]
+    world.registry.delete("pods", "default", "first")
+    world.settle()
+    assert placed(world, "second") == "n1"
 
 
 def test_a_freed_port_places_the_next_pod(world: World) -> None:

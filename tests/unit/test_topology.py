@@ -56,7 +56,10 @@ def test_a_full_file_becomes_a_topology(tmp_path: Path) -> None:
     """Every field reaches the model, with defaults where the file says nothing."""
     path = tmp_path / "t.yaml"
     path.write_text(
-        changed("labels: {}, taints: []", "labels: {a: b}, taints: [{key: k, effect: NoExecute}], interface: eth33")
+        changed(
+            "labels: {}, taints: []",
+            "labels: {a: b}, taints: [{key: k, effect: NoExecute}], maxPods: 9, interface: eth33",
+        )
     )
     topology = load_topology(path)
     assert topology.name == "t"
@@ -71,11 +74,16 @@ def test_a_full_file_becomes_a_topology(tmp_path: Path) -> None:
             address=IPv4Address("192.168.93.11"),
             interface="eth33",
             pod_cidr=IPv4Network("10.244.1.0/24"),
+            max_pods=9,
             labels={"a": "b"},
             taints=(Taint(key="k", value="", effect="NoExecute"),),
         ),
         NodeSpec(
-            name="node2", network="lan", address=IPv4Address("192.168.93.12"), pod_cidr=IPv4Network("10.244.0.0/24")
+            name="node2",
+            network="lan",
+            address=IPv4Address("192.168.93.12"),
+            pod_cidr=IPv4Network("10.244.0.0/24"),
+            max_pods=110,
         ),
     )
     client = HostSpec(

@@ -194,6 +194,13 @@ _DECODERS.update(
 )
 
 
+def leaf_problems(value: Any, type_: str) -> list[str]:
+    """Return what the decoder says of a value that is no struct, list or map."""
+    problems: list[str] = []
+    _DECODERS[type_](value, type_, problems)
+    return problems
+
+
 def struct_of(obj: Object) -> str | None:
     """Return the struct of an object by its apiVersion and kind, or None for a kind without a table."""
     resource = BY_KIND.get((str(obj.get("apiVersion", "")), str(obj.get("kind", ""))))
