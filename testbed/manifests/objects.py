@@ -314,7 +314,8 @@ def unmatched_selectors(objects: Sequence[SourceObject]) -> list[Problem]:
     problems = []
     for service in objects:
         spec = service.object.get("spec")
-        selector = spec.get("selector") if service.kind == "Service" and isinstance(spec, dict) else None
+        is_service = service.kind == "Service" and service.object["apiVersion"] == "v1"
+        selector = spec.get("selector") if is_service and isinstance(spec, dict) else None
         if not isinstance(selector, dict) or not selector:
             continue
         candidates = [
