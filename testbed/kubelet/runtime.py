@@ -24,6 +24,7 @@ class Volume:
     host_path: str = ""
     default_mode: int = 0o644
     modes: Mapping[str, int] = field(default_factory=dict)  # of single files, by relative path
+    group: int | None = None  # the pod's fsGroup: owns the files, and may read them whatever their mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,7 @@ def _volume(
             files=source_files(kind, volume[kind], pod, find, pod_ip, host_ip, token_of),
             default_mode=volume[kind].get("defaultMode", _DEFAULT_MODE),
             modes=_modes(volume[kind]),
+            group=(pod["spec"].get("securityContext") or {}).get("fsGroup"),
         )
     except MissingReference as error:
         raise MissingReference(f'MountVolume.SetUp failed for volume "{name}" : {error}') from error

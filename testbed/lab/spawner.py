@@ -248,7 +248,7 @@ class Spawner:
             inside = os.path.normpath(path)
             if inside.startswith(("/", "..")) or inside == ".":
                 raise InputError(f"{sandbox.name}: volume {volume.name!r}: file name {path!r} leads out of the volume")
-        write_atomically(folder, files, volume.modes, volume.default_mode)
+        write_atomically(folder, files, volume.modes, volume.default_mode, volume.group)
 
     # -- containers ------------------------------------------------------------------------------------------------
 

@@ -22,12 +22,15 @@ _DATA = "..data"
 _NEW_DATA = "..data_tmp"
 
 
-def write_atomically(folder: Path, files: Mapping[str, str], modes: Mapping[str, int], default_mode: int) -> None:
+def write_atomically(
+    folder: Path, files: Mapping[str, str], modes: Mapping[str, int], default_mode: int, group: int | None = None
+) -> None:
     """Make a volume hold exactly these files.
 
     Args:
         files: Normal relative path -> text, bytes that are not UTF-8 as surrogate escapes. No path begins with ``..``.
         modes: Path -> permissions, for those that have other ones than ``default_mode``.
+        group: Who owns the files and may read them in any case (volume_linux.go, SetVolumeOwnership); None for nobody.
     """
     data = folder / _DATA
     old = os.readlink(data) if data.is_symlink() else ""
@@ -42,7 +45,10 @@ def write_atomically(folder: Path, files: Mapping[str, str], modes: Mapping[str,
             (new / path).parent.mkdir(parents=True, exist_ok=True)
         (new / path).write_bytes(content)
     for path in files:
-        (new / os.path.normpath(path)).chmod(modes.get(path, default_mode))
+        file = new / os.path.normpath(path)
+        if group is not None:
+            os.chown(file, -1, group)
+        file.chmod(modes.get(path, default_mode) | (0o440 if group is not None else 0))
     os.symlink(new.name, folder / _NEW_DATA)
     os.rename(folder / _NEW_DATA, data)
     visible = {path.partition("/")[0] for path in wanted}

@@ -226,7 +226,7 @@ def _spellings(path: FieldPath) -> set[str]:
 #: (cause, what it is concluded from): with that unread, nothing can be concluded
 _CONCLUSIONS = (
     (r"spec\.template\.metadata\.labels", ("spec.selector", "spec.template.metadata.labels")),
-    (r"(.*)\.(?:initc|c)ontainers\[\d+\]\.volumemounts\[\d+\]\.name", (r"\1.volumes",)),
+    (r"(.*)\.(?:initcontainers|containers)\[\d+\]\.volumemounts\[\d+\]\.name", (r"\1.volumes",)),
     (r"spec\.clusterips.*", ("spec.clusterip",)),
     (r"spec\.clusterip", ("spec.clusterips",)),
 )

@@ -262,6 +262,20 @@ def test_the_files_of_a_volume_change_in_one_step(spawner: socket.socket) -> Non
     assert re.fullmatch(r"\.\.\d{4}(_\d\d){5}\.\d+\n", before)
 
 
+def test_the_group_of_a_pod_reads_its_volumes(spawner: socket.socket) -> None:
+    """With fsGroup, a user other than root reads files of mode 0400; without, not."""
+
+    async def test(runtime: Runtime) -> str:
+        secret = Volume(name="secret", files={"key": "s3cret"}, default_mode=0o400, group=2000)
+        closed = Volume(name="closed", files={"key": "s3cret"}, default_mode=0o400)
+        mounts = (Mount(volume="secret", path="/s"), Mount(volume="closed", path="/n"))
+        made = sandbox(volumes=(secret, closed))
+        await running(runtime, made=made, mounts=mounts, uid=1000, gid=1000, groups=(2000,))
+        return await shell(runtime, "cat /s/key; echo; stat -L -c '%a %g' /s/key; cat /n/key 2>&1")
+
+    assert with_runtime(spawner, test) == "s3cret\n440 2000\ncat: /n/key: Permission denied\n"
+
+
 def test_a_link_in_a_container_does_not_lead_a_mount_out_of_it(spawner: socket.socket) -> None:
     """A mountPath below a symbolic link of the image is resolved inside the container; subPath stays in its volume."""
 
