@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from testbed.controllers.events import record_event
 from testbed.controllers.index import ClusterIndex
-from testbed.controllers.pods import condition_of, is_active, is_ready, pod_from_template, seconds_since, with_condition
+from testbed.controllers.pods import (
+    condition_of,
+    is_active,
+    is_finished,
+    is_ready,
+    pod_from_template,
+    seconds_since,
+    with_condition,
+)
 from testbed.controllers.status import delete_if_there, write_status
 from testbed.model.objects import Key, Object, is_terminating
 from testbed.registry import Registry
@@ -121,7 +129,10 @@ def job_status(job: Object, pods: Sequence[Object], succeeded: int, failed: int,
     before = job.get("status") or {}
     active = [pod for pod in pods if is_active(pod)]
     counts = {"active": len(active), "succeeded": succeeded, "failed": failed, "ready": sum(map(is_ready, active))}
-    status: Object = {name: count for name, count in counts.items() if count}
+    # Zero is told of what upstream keeps in pointers; the others are left out.
+    status: Object = {name: count for name, count in counts.items() if count or name == "ready"}
+    status["terminating"] = sum(is_terminating(pod) and not is_finished(pod) for pod in pods)
+    status["uncountedTerminatedPods"] = {}  # pods are counted as soon as they end: none is ever waiting for it
     conditions: list[Object] = list(before.get("conditions") or [])
     is_suspended = bool(job["spec"].get("suspend"))
     known = condition_of(job, "Suspended")

@@ -178,6 +178,8 @@ class ContainerRunner:
                         f'image "{self.view.image}" is not in the catalogue: an echo server answers on its containerPorts',
                         self.name,
                     )  # fmt: skip
+                for message in start.skipped:
+                    pod.say("Warning", "InvalidEnvironmentVariableNames", message)
                 return start.spec
             if message != said:
                 event_reason = "InspectFailed" if reason == "InvalidImageName" else "Failed"

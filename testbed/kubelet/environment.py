@@ -76,13 +76,36 @@ def container_environment(
     for source in container.get("envFrom") or ():
         prefix = source.get("prefix") or ""
         for key, value in _all_of(source, find).items():
-            if _ENV_NAME.fullmatch(prefix + key):
+            if _is_env_name(prefix + key):
                 values[prefix + key] = value
     for variable in container.get("env") or ():
         found = _value_of(variable, pod, find, pod_ip, host_ip)
         if found is not None:
             values[variable["name"]] = expand(found, values) if "value" in variable else found
     return values
+
+
+def skipped_variables(container: Mapping[str, Any], namespace: str, *, find: Find) -> list[str]:
+    """Return the kubelet's words for each envFrom with keys that cannot be names of variables.
+
+    Names with '-' and '.' can be, one that begins with a digit cannot; Kubernetes 1.34 takes every name without '='.
+    """
+    messages = []
+    for source in container.get("envFrom") or ():
+        prefix = source.get("prefix") or ""
+        skipped = sorted(prefix + key for key in _all_of(source, find) if not _is_env_name(prefix + key))
+        if skipped:
+            kind, field = ("configMap", "configMapRef") if source.get("configMapRef") else ("secret", "secretRef")
+            messages.append(
+                f"Keys [{', '.join(skipped)}] from the EnvFrom {kind} {namespace}/{source[field]['name']} were skipped "
+                "since they are considered invalid environment variable names."
+            )
+    return messages
+
+
+def _is_env_name(text: str) -> bool:
+    """Source: apimachinery validation.go, IsEnvVarName (v1.30)."""
+    return _ENV_NAME.fullmatch(text) is not None and text != "." and not text.startswith("..")
 
 
 def _all_of(source: Mapping[str, Any], find: Find) -> Mapping[str, str]:

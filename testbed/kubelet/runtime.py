@@ -22,6 +22,9 @@ class Volume:
     #: Relative path -> text, bytes that are not UTF-8 as surrogate escapes (PEP 383); None for an emptyDir.
     files: Mapping[str, str] | None = None
     host_path: str = ""
+    default_mode: int = 0o644
+    modes: Mapping[str, int] = field(default_factory=dict)  # of single files, by relative path
+    group: int | None = None  # the pod's fsGroup: owns the files, and may read them whatever their mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
-from testbed.kubelet.environment import Find, MissingReference, container_environment, expand
+from testbed.kubelet.environment import Find, MissingReference, container_environment, expand, skipped_variables
 from testbed.kubelet.runtime import ContainerSpec, SandboxSpec, Volume
 from testbed.kubelet.texts import hosts_file, resolv_conf
 from testbed.kubelet.volumes import mounts_of
@@ -28,6 +28,7 @@ class Start:
     spec: ContainerSpec
     stop_signal: signal.Signals
     is_stand_in: bool
+    skipped: tuple[str, ...] = ()  # a message for each envFrom with keys that no variable can be called
 
 
 def sandbox_spec(
@@ -109,7 +110,12 @@ def container_start(
         stdin=bool(container.get("stdin")),
         tty=bool(container.get("tty")),
     )
-    return Start(spec=spec, stop_signal=signal.Signals[image.stop_signal], is_stand_in=stands_in(image, program))
+    return Start(
+        spec=spec,
+        stop_signal=signal.Signals[image.stop_signal],
+        is_stand_in=stands_in(image, program),
+        skipped=tuple(skipped_variables(container, namespace_of(pod), find=find)),
+    )
 
 
 def _names(capabilities: list[str] | None) -> tuple[str, ...]:

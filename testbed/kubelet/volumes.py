@@ -11,6 +11,8 @@ from testbed.model.objects import Object
 
 _KNOWN = ("configMap", "secret", "emptyDir", "hostPath", "downwardAPI", "projected")
 
+_DEFAULT_MODE = 0o644  # ConfigMapVolumeSourceDefaultMode, and the others'
+
 
 class UnsupportedVolume(LookupError):
     """A kind of volume that nothing here can make; the message names volume and kind."""
@@ -45,9 +47,22 @@ def _volume(
     if not kind:
         raise UnsupportedVolume(f'volume "{name}": {others[0]} volumes are not supported here')
     try:
-        return Volume(name=name, files=source_files(kind, volume[kind], pod, find, pod_ip, host_ip, token_of))
+        return Volume(
+            name=name,
+            files=source_files(kind, volume[kind], pod, find, pod_ip, host_ip, token_of),
+            default_mode=volume[kind].get("defaultMode", _DEFAULT_MODE),
+            modes=_modes(volume[kind]),
+            group=(pod["spec"].get("securityContext") or {}).get("fsGroup"),
+        )
     except MissingReference as error:
         raise MissingReference(f'MountVolume.SetUp failed for volume "{name}" : {error}') from error
+
+
+def _modes(source: Mapping[str, Any]) -> dict[str, int]:
+    """Return the modes that single files ask for, by relative path."""
+    parts = [inner for part in source.get("sources") or () for inner in part.values()] or [source]
+    items = [item for part in parts for item in part.get("items") or ()]
+    return {item["path"]: item["mode"] for item in items if item.get("mode") is not None}
 
 
 def source_files(

@@ -10,6 +10,7 @@ import resource
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from testbed.errors import TestbedError
@@ -188,4 +189,16 @@ def identity_of(name: str, spec: ContainerSpec, pidfd: int, env: Mapping[str, st
 
 def environment_of(sandbox: SandboxSpec, spec: ContainerSpec) -> dict[str, str]:
     terminal = {"TERM": "xterm"} if spec.tty else {}
-    return {"PATH": _DEFAULT_PATH, "HOSTNAME": sandbox.hostname, "HOME": "/root", **terminal, **spec.env}
+    home = {} if spec.env.get("HOME") else {"HOME": home_of(spec.uid, spec.files.get("/etc/passwd"))}
+    return {"PATH": _DEFAULT_PATH, "HOSTNAME": sandbox.hostname, **terminal, **spec.env, **home}
+
+
+def home_of(uid: int, passwd: str | None = None) -> str:
+    """Return a user's home by an /etc/passwd (None: the machine's, which containers see), '/' for an unknown user, as runc."""
+    if passwd is None:
+        passwd = Path("/etc/passwd").read_text(errors="replace")
+    for line in passwd.splitlines():
+        fields = line.split(":")
+        if len(fields) == 7 and fields[2] == str(uid):
+            return fields[5] or "/"
+    return "/"

@@ -42,6 +42,7 @@ from testbed.lab.container import (
 from testbed.lab.forker import FORKED_ELSEWHERE, Forker, ForkerGone
 from testbed.lab.frames import FrameReader, send_frame
 from testbed.lab.streams import Streams
+from testbed.lab.volumefiles import write_atomically
 from testbed.model.topology import Topology
 from testbed.underlay.holder import Holder
 from testbed.underlay.hosts import inside_network
@@ -213,7 +214,7 @@ class Spawner:
         os.makedirs(f"{sandbox.folder}/volumes")
         try:
             for volume in spec.volumes:
-                self._fill_volume(sandbox, volume.name, volume.files)
+                self._fill_volume(sandbox, volume, volume.files)
             if spec.address is not None and spec.network is not None:
                 digest = hashlib.sha256(spec.pod_uid.encode()).hexdigest()
                 self.network.add_pod(
@@ -253,7 +254,11 @@ class Spawner:
     def do_update_volume(
         self, reply: Reply, _fds: list[int], *, pod_uid: str, volume: str, files: Mapping[str, str]
     ) -> None:
-        self._fill_volume(self._sandbox(pod_uid), volume, files)
+        sandbox = self._sandbox(pod_uid)
+        known = next((one for one in sandbox.spec.volumes if one.name == volume), None)
+        if known is None:
+            raise NotPresent(f"{sandbox.name} has no volume {volume!r}")
+        self._fill_volume(sandbox, known, files)
         reply(None, ())
 
     def _sandbox(self, pod_uid: str) -> _Sandbox:
@@ -262,33 +267,18 @@ class Spawner:
         except KeyError:
             raise NotPresent(f"pod {pod_uid} has no sandbox") from None
 
-    def _fill_volume(self, sandbox: _Sandbox, name: str, files: Mapping[str, str] | None) -> None:
-        """Make a volume's files be exactly these, each replaced in one step so that no reader sees half of one."""
-        folder = Path(sandbox.folder, "volumes", name)
-        is_new = not folder.exists()
+    def _fill_volume(self, sandbox: _Sandbox, volume: Volume, files: Mapping[str, str] | None) -> None:
+        """Make a volume's files be exactly these, all changed in one step."""
+        folder = Path(sandbox.folder, "volumes", volume.name)
         folder.mkdir(exist_ok=True)
         if files is None:
             folder.chmod(0o777)  # an emptyDir, open to every user of the pod
             return
-        wanted = set()
-        for relative, text in files.items():
-            # only we write into it (pods have it read-only), so there are no links that could lead elsewhere
-            inside = os.path.normpath(relative)
-            if inside.startswith(("/", "../")) or inside in (".", ".."):
-                raise InputError(f"{sandbox.name}: volume {name!r}: file name {relative!r} leads out of the volume")
-            path = folder / inside
-            if "/" in inside:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            if is_new:
-                path.write_text(text)  # nobody can read it yet
-                continue
-            new = path.with_name(f"..{path.name}.new")
-            new.write_bytes(text.encode(errors="surrogateescape"))  # binary data comes like this
-            new.replace(path)
-            wanted.add(path)
-        if not is_new:
-            for path in [path for path in folder.rglob("*") if path.is_file() and path not in wanted]:
-                path.unlink()
+        for path in files:
+            inside = os.path.normpath(path)
+            if inside.startswith(("/", "..")) or inside == ".":
+                raise InputError(f"{sandbox.name}: volume {volume.name!r}: file name {path!r} leads out of the volume")
+        write_atomically(folder, files, volume.modes, volume.default_mode, volume.group)
 
     # -- containers ------------------------------------------------------------------------------------------------
 

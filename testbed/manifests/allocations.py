@@ -27,7 +27,7 @@ def allocation_problems(
     problems = []
     for source in objects:
         spec = source.object.get("spec")
-        if source.kind == "Service" and isinstance(spec, dict):
+        if source.kind == "Service" and source.object["apiVersion"] == "v1" and isinstance(spec, dict):
             problems += _address_problems(source, spec, config, {} if may_reuse else addresses)
             problems += _port_problems(source, spec, config, {} if may_reuse else ports)
     return problems

@@ -226,7 +226,7 @@ def _spellings(path: FieldPath) -> set[str]:
 #: (cause, what it is concluded from): with that unread, nothing can be concluded
 _CONCLUSIONS = (
     (r"spec\.template\.metadata\.labels", ("spec.selector", "spec.template.metadata.labels")),
-    (r"(.*)\.(?:initc|c)ontainers\[\d+\]\.volumemounts\[\d+\]\.name", (r"\1.volumes",)),
+    (r"(.*)\.(?:initcontainers|containers)\[\d+\]\.volumemounts\[\d+\]\.name", (r"\1.volumes",)),
     (r"spec\.clusterips.*", ("spec.clusterip",)),
     (r"spec\.clusterip", ("spec.clusterips",)),
 )
@@ -314,7 +314,8 @@ def unmatched_selectors(objects: Sequence[SourceObject]) -> list[Problem]:
     problems = []
     for service in objects:
         spec = service.object.get("spec")
-        selector = spec.get("selector") if service.kind == "Service" and isinstance(spec, dict) else None
+        is_service = service.kind == "Service" and service.object["apiVersion"] == "v1"
+        selector = spec.get("selector") if is_service and isinstance(spec, dict) else None
         if not isinstance(selector, dict) or not selector:
             continue
         candidates = [

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import pickle
+import pwd
+import re
 import signal
 import socket
 import sys
@@ -295,6 +297,43 @@ def test_volumes(spawner: socket.socket) -> None:
     ]
 
 
+def test_the_files_of_a_volume_change_in_one_step(spawner: socket.socket) -> None:
+    """As a kubelet lays them out: names lead through ..data, which is replaced; modes are those asked for; no rest is left."""
+    modes: dict[str, Any] = {"default_mode": 0o400, "modes": {"run.sh": 0o755}}
+
+    async def test(runtime: Runtime) -> list[str]:
+        config = Volume(name="config", files={"a.txt": "one", "run.sh": "", "sub/b": "x"}, **modes)
+        await running(runtime, made=sandbox(volumes=(config,)), mounts=(Mount(volume="config", path="/c"),))
+        links = "for n in *; do echo $n $(readlink $n); done"
+        look = f"cd /c; {links}; stat -L -c '%a %n' a.txt sub/b *.sh; ls -A | grep -c '^[.][.]2'"
+        seen = [await shell(runtime, look), await shell(runtime, "readlink /c/..data")]
+        same = {"a.txt": "one", "run.sh": "", "sub/b": "x"}
+        await runtime.update_volume("uid-1", "config", same)
+        seen.append(await shell(runtime, "readlink /c/..data"))
+        await runtime.update_volume("uid-1", "config", {**same, "a.txt": "two"})
+        return [*seen, await shell(runtime, f"cat /c/a.txt; echo; {look}"), await shell(runtime, "readlink /c/..data")]
+
+    first, before, unchanged, after, changed = with_runtime(spawner, test)
+    listed = "a.txt ..data/a.txt\nrun.sh ..data/run.sh\nsub ..data/sub\n400 a.txt\n400 sub/b\n755 run.sh\n1\n"
+    assert (first, after) == (listed, f"two\n{listed}")
+    assert before == unchanged != changed
+    assert re.fullmatch(r"\.\.\d{4}(_\d\d){5}\.\d+\n", before)
+
+
+def test_the_group_of_a_pod_reads_its_volumes(spawner: socket.socket) -> None:
+    """With fsGroup, a user other than root reads files of mode 0400; without, not."""
+
+    async def test(runtime: Runtime) -> str:
+        secret = Volume(name="secret", files={"key": "s3cret"}, default_mode=0o400, group=2000)
+        closed = Volume(name="closed", files={"key": "s3cret"}, default_mode=0o400)
+        mounts = (Mount(volume="secret", path="/s"), Mount(volume="closed", path="/n"))
+        made = sandbox(volumes=(secret, closed))
+        await running(runtime, made=made, mounts=mounts, uid=1000, gid=1000, groups=(2000,))
+        return await shell(runtime, "cat /s/key; echo; stat -L -c '%a %g' /s/key; cat /n/key 2>&1")
+
+    assert with_runtime(spawner, test) == "s3cret\n440 2000\ncat: /n/key: Permission denied\n"
+
+
 def test_a_link_in_a_container_does_not_lead_a_mount_out_of_it(spawner: socket.socket) -> None:
     """A mountPath below a symbolic link of the image is resolved inside the container; subPath stays in its volume."""
 
@@ -335,6 +374,23 @@ def test_users_and_capabilities(spawner: socket.socket) -> None:
     assert user == "1000\n1000\n1000 2000\n"
     assert "Operation not permitted" in default
     assert admin == "made\n"
+
+
+def test_home_is_that_of_the_user(spawner: socket.socket) -> None:
+    """HOME is what /etc/passwd says of the user and '/' for a stranger to it, unless the container's environment has it."""
+
+    async def test(runtime: Runtime) -> list[str]:
+        passwd = {"/etc/passwd": "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/srv/web:/bin/sh\n"}
+        await running(runtime, uid=1000, files=passwd)
+        users: list[dict[str, Any]] = [{}, {"uid": 4321}, {"uid": 1000, "files": passwd, "env": {"HOME": "/tmp"}}]
+        for number, user in enumerate(users, 2):
+            await runtime.start_container(
+                container("sleep", "60", container_id=f"c{number}", name=f"n{number}", **user)
+            )
+        return [await shell(runtime, "printenv HOME", f"c{number}") for number in range(1, 5)]
+
+    root = pwd.getpwuid(0).pw_dir
+    assert with_runtime(spawner, test) == ["/srv/web\n", f"{root}\n", "/\n", "/tmp\n"]
 
 
 def test_exec_runs_out_of_time(spawner: socket.socket) -> None:

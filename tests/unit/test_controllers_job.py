@@ -80,6 +80,19 @@ def test_a_job_completes(world: World) -> None:
     assert not world.errors
 
 
+def test_what_a_job_tells_of_its_pods(world: World) -> None:
+    """ready, terminating and uncountedTerminatedPods are there from the first on, also with nothing to tell."""
+    start(world, completions=1)
+    status = world.get("jobs.batch", "once")["status"]
+    assert {field: status.get(field) for field in ("active", "ready", "terminating", "uncountedTerminatedPods")} == {
+        "active": 1, "ready": 1, "terminating": 0, "uncountedTerminatedPods": {},
+    }  # fmt: skip
+    end_pod(world, "Succeeded")
+    status = world.get("jobs.batch", "once")["status"]
+    del status["conditions"], status["startTime"], status["completionTime"]
+    assert status == {"ready": 0, "succeeded": 1, "terminating": 0, "uncountedTerminatedPods": {}}
+
+
 def test_a_job_tries_again_after_a_pause_and_gives_up(world: World) -> None:
     """A failed pod is replaced after 10 s; one failure above the limit fails the Job."""
     start(world, completions=1, backoffLimit=1)

@@ -128,6 +128,24 @@ def test_an_unknown_image_is_announced() -> None:
     run(main)
 
 
+def test_keys_that_are_no_variables_are_announced() -> None:
+    """The container starts without them, and a Warning lists them."""
+
+    async def main() -> None:
+        async with node_world() as world:
+            world.create("configmaps", "c", data={"1st": "1", "index.html": "2"})
+            world.pod(envFrom=[{"configMapRef": {"name": "c"}}])
+            await world.until(world.is_ready)
+            assert world.runtime.started[0].env["index.html"] == "2"
+            assert "1st" not in world.runtime.started[0].env
+            assert world.events("InvalidEnvironmentVariableNames") == [
+                "Keys [1st] from the EnvFrom configMap default/c were skipped since they are considered invalid environment "
+                "variable names."
+            ]
+
+    run(main)
+
+
 def test_an_impossible_image_name() -> None:
     """The pod waits with InvalidImageName, and others are not held up."""
 

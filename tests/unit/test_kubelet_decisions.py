@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from testbed.kubelet.environment import MissingReference, container_environment, expand, service_variables
+from testbed.kubelet.environment import (
+    MissingReference,
+    container_environment,
+    expand,
+    service_variables,
+    skipped_variables,
+)
 from testbed.kubelet.node import Machine, PodAddresses, node_object
 from testbed.kubelet.probes import ProbeState, http_verdict, timing_of
 from testbed.kubelet.restarts import next_back_off_s, should_restart
@@ -224,6 +230,26 @@ def test_field_references(path: str, value: str) -> None:
     assert environment({"name": "X", "valueFrom": {"fieldRef": {"fieldPath": path}}}) == {"X": value}
 
 
+def test_keys_that_no_variable_can_be_called() -> None:
+    """Kubernetes 1.30 takes '-' and '.', but no digit first and no way up; what it skips is said in the kubelet's words."""
+    data = {"bad-key.x": "1", "index.html": "2", "2nd": "3", "1st": "4"}
+    sources = (
+        {"configMapRef": {"name": "c"}},
+        {"secretRef": {"name": "keys"}},
+        {"configMapRef": {"name": "c"}, "prefix": "P"},
+    )
+    found = objects(configmaps_c={"data": data}, secrets_keys=SECRET)
+    assert environment(sources=sources, find=found) == {
+        "bad-key.x": "1", "index.html": "2", "key": "s3cret",
+        "Pbad-key.x": "1", "Pindex.html": "2", "P2nd": "3", "P1st": "4",
+    }  # fmt: skip
+    assert skipped_variables({"envFrom": sources}, "dev", find=found) == [
+        "Keys [1st, 2nd] from the EnvFrom configMap dev/c were skipped since they are considered invalid environment "
+        "variable names."
+    ]
+    assert environment(sources=sources[:1], find=objects(configmaps_c={"data": {"..x": "5"}})) == {}
+
+
 def test_variables_see_earlier_ones() -> None:
     """env wins over envFrom, which wins over Services; $(NAME) sees what came before, never what comes after."""
     seen = environment(
@@ -358,6 +384,15 @@ def planned(volume: Object, **found: Object) -> Volume:
         pytest.param(
             {"configMap": {"name": "settings", "items": [{"key": "color", "path": "a/b"}]}},
             Volume(name="v", files={"a/b": "red"}), id="items",
+        ),
+        pytest.param(
+            {"configMap": {"name": "settings", "defaultMode": 0o400, "items": [{"key": "color", "path": "a", "mode": 0o755}]}},
+            Volume(name="v", files={"a": "red"}, default_mode=0o400, modes={"a": 0o755}), id="modes",
+        ),
+        pytest.param(
+            {"projected": {"defaultMode": 0o440, "sources": [
+                {"configMap": {"name": "settings", "items": [{"key": "color", "path": "c", "mode": 0}]}}]}},
+            Volume(name="v", files={"c": "red"}, default_mode=0o440, modes={"c": 0}), id="modes in a projected volume",
         ),
         pytest.param({"secret": {"secretName": "keys"}}, Volume(name="v", files={"key": "s3cret"}), id="secret"),
         pytest.param({"configMap": {"name": "none", "optional": True}}, Volume(name="v", files={}), id="optional"),
