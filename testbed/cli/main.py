@@ -322,9 +322,12 @@ def mininet_cli(lab: str | None) -> int:
     """Open Mininet's own command line on a lab, on this terminal."""
     from testbed.lab.handle import Lab
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends a line there, not us here
     with Lab.find(lab) as found:
-        return found.run_cli()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends a line there, not us here
+        try:
+            return found.run_cli()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 @cli.command()

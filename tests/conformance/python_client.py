@@ -19,8 +19,9 @@ def run_commands(api: Any) -> dict[str, Any]:
     told = {"stderr": True, "stdin": False, "stdout": True, "tty": False}
     once = stream(call, "web", "default", command=["sh", "-c", "echo hi"], **told)
     talk = stream(call, "web", "default", command=["sh"], **{**told, "stdin": True}, _preload_content=False)
-    talk.write_stdin("echo $((40+2)); echo oops >&2; exit 3\n")
-    line = talk.readline_stdout(timeout=20)
+    talk.write_stdin("echo $((40+2)); echo oops >&2\n")
+    line = talk.readline_stdout(timeout=20)  # gives '' once the connection has been closed, whatever came before that
+    talk.write_stdin("exit 3\n")
     talk.run_forever(timeout=20)
     return {"once": once, "line": line, "errors": talk.read_stderr(), "status": talk.returncode}
 
