@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from testbed.lab.cluster_dns import dns_objects
 from testbed.model.objects import Object
 from testbed.model.topology import Topology
 
@@ -23,7 +24,7 @@ def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
 
 
 def system_objects(topology: Topology, *, proxy_config_text: str, api_folder: str) -> list[Object]:
-    """Return the Service ``kubernetes`` and kube-proxy's ServiceAccount, ConfigMap and DaemonSet, in creation order.
+    """Return the Service ``kubernetes``, what kube-proxy consists of, and what cluster DNS does, in creation order.
 
     Args:
         proxy_config_text: a KubeProxyConfiguration in YAML, what the ConfigMap holds as ``config.conf``.
@@ -34,6 +35,7 @@ def system_objects(topology: Topology, *, proxy_config_text: str, api_folder: st
         _object("v1", "ServiceAccount", "kube-proxy"),
         _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),
         _kube_proxy(api_folder),
+        *dns_objects(topology, api_folder=api_folder),
     ]
 
 

@@ -19,6 +19,7 @@ from testbed.controllers import ControllerDriver, default_controllers, ensure_sy
 from testbed.errors import LabError
 from testbed.kubelet.agent import Kubelet
 from testbed.lab.bootstrap import proxy_configuration, system_objects
+from testbed.lab.dns_wait import until_dns_answers
 from testbed.lab.request import LabRequest, report
 from testbed.lab.runtime import SpawnerRuntime
 from testbed.model.objects import Object
@@ -65,7 +66,16 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
 
     catalogue = Catalogue()
     kubelets = [
-        Kubelet(node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now)
+        Kubelet(
+            node,
+            registry,
+            runtime,
+            catalogue,
+            cluster=cluster,
+            clock=time.monotonic,
+            now=_now,
+            node_resolv_conf=request.topology.resolv_conf,
+        )
         for node in request.topology.nodes
     ]
     tasks = [asyncio.create_task(kubelet.run(), name=f"kubelet {kubelet.node_name}") for kubelet in kubelets]
@@ -73,6 +83,8 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     for obj in system_objects(request.topology, proxy_config_text=config, api_folder=api_folder):
         registry.create(_resource_key(obj), obj)
     await _until_ready(store, tasks)
+    if cluster.dns is not None:
+        await until_dns_answers(store, runtime, cluster.dns, [node.name for node in request.topology.nodes], tasks)
     report(request.progress_fd, ready=True)
     done, _ = await asyncio.wait([*tasks, runtime.gone], return_when=asyncio.FIRST_COMPLETED)
     for task in done:

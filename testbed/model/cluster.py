@@ -21,4 +21,4 @@ class ClusterConfig:
     service_cidr: IPv4Network = DEFAULT_SERVICE_CIDR
     node_port_range: tuple[int, int] = DEFAULT_NODE_PORT_RANGE  # first and last port, both included
     domain: str = DEFAULT_DOMAIN
-    dns: IPv4Address = DEFAULT_SERVICE_CIDR[DNS_OFFSET]
+    dns: IPv4Address | None = DEFAULT_SERVICE_CIDR[DNS_OFFSET]  # None: the cluster has no DNS

@@ -31,6 +31,10 @@ def run_builtin(name: str, args: Mapping[str, Any]) -> int:
             return client.wait_for_end()
         case "kube-proxy":
             return _run_kube_proxy(args["argv"])
+        case "coredns":
+            from testbed.programs import dns
+
+            return dns.main(args["argv"], str(args["address"]))
     raise AssertionError(f"there is no program {name!r}")
 
 
