@@ -224,7 +224,9 @@ class Zone:
             case "services":
                 self._put_service(key, _parse_service(obj))
             case "namespaces":
-                self._namespaces.add(key[1])
+                if key[1] not in self._namespaces:
+                    self._namespaces.add(key[1])
+                    self._touch_namespace(key[1])
             case "pods":
                 self._put_pod(key, _parse_pod(obj))
             case _:
@@ -239,10 +241,18 @@ class Zone:
                 self._put_service(key, None)
             case "namespaces":
                 self._namespaces.discard(name)
+                self._touch_namespace(name)
             case "pods":
                 self._put_pod(key, ())
             case _:
                 self._put_slice(key, None, ())
+
+    def _touch_namespace(self, name: str) -> None:
+        for key, service in self._services.items():
+            if key[0] == name:
+                self._dirty.add(key)
+                for address in service.cluster_ips:
+                    self._dirty.update(self._owners.get(address, ()))
 
     def _put_service(self, key: _Key, service: _Service | None) -> None:
         before = self._services.pop(key, None)
@@ -316,8 +326,8 @@ class Zone:
             cluster.pop(key, None)
             headless.pop(key, None)
             service = self._services.get(key)
-            if service is None:
-                continue
+            if service is None or key[0] not in self._namespaces:
+                continue  # what is in no namespace has no name
             name = self._service_name(key)
             if service.cluster_ips:
                 cluster[key] = "".join(f"{address} {name}\n" for address in service.cluster_ips)
@@ -338,7 +348,7 @@ class Zone:
     def _has_one_name(self, address: str) -> bool:
         """Say whether a hosts file can give all of an address's PTR records, which is one."""
         if address in self._cluster_ips:
-            return True  # its line comes first
+            return min(self._cluster_ips[address])[0] in self._namespaces  # then its line comes first
         owners = self._owners.get(address, {})
         return len(owners) == 1 and (1 in owners.values() or len(self._names_at(address)) == 1)
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dnslib import DNSError, DNSRecord
+from dnslib import DNSRecord
 
 from testbed.dataplane.corefile import (
     DNS_PORT,
@@ -44,7 +44,7 @@ from testbed.dataplane.corefile import (
 from testbed.dataplane.dns import NAMESPACES, PODS, SERVICES, SLICES, PodMode, Zone
 from testbed.errors import InputError, KernelError
 from testbed.programs.answers import Answer, Listener
-from testbed.programs.dns_responder import Responder
+from testbed.programs.dns_responder import MALFORMED, Responder
 from testbed.programs.kube_proxy import Changed, Listed, Stop, Watcher
 
 HEALTH_PORT: Final = 8080
@@ -171,7 +171,7 @@ def _ask_loopback(query: bytes, timeout_s: float) -> DNSRecord | None:
             made.connect((_LOOPBACK, DNS_PORT))
             made.send(query)
             return DNSRecord.parse(made.recv(4096))
-        except (OSError, DNSError, ValueError):
+        except (OSError, *MALFORMED):
             return None
 
 

@@ -19,7 +19,25 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from dnslib import AAAA, CNAME, EDNS0, NS, PTR, QTYPE, RD, RR, SOA, SRV, TXT, A, DNSError, DNSRecord
+from dnslib import (
+    AAAA,
+    CNAME,
+    EDNS0,
+    NS,
+    PTR,
+    QTYPE,
+    RD,
+    RR,
+    SOA,
+    SRV,
+    TXT,
+    A,
+    BimapError,
+    BufferError,
+    DNSError,
+    DNSLabelError,
+    DNSRecord,
+)
 
 from testbed.dataplane.corefile import DnsConfig, Upstream
 from testbed.dataplane.dns import Answer, Rcode, Record, RecordType, Zone
@@ -35,6 +53,9 @@ _KEPT_ORDERS: Final = 16  # orders of one answer; more addresses than this share
 _UPSTREAM_TIMEOUT_S: Final = 2.0
 _CLIENT_TIMEOUT_S: Final = 5.0
 _WORKERS: Final = 8
+
+MALFORMED: Final = (BimapError, BufferError, DNSError, DNSLabelError, ValueError, struct.error)
+"""What dnslib raises for bytes that are no message, or one that cannot be answered."""
 
 _DATA: Final[Mapping[RecordType, Callable[[str], RD]]] = {
     RecordType.A: A,
@@ -104,22 +125,15 @@ class Responder:
         while True:
             query, client = datagrams.recvfrom(4096)
             kept = self._kept.get(query[2:])
-            if kept is not None:
-                reply = query[:2] + kept.take()
-            else:
-                found = self._reply(query, datagrams, client)
-                if found is None:
-                    continue
-                reply = found
-            with contextlib.suppress(OSError):  # whoever asked has gone
-                datagrams.sendto(reply, client)
+            # Rubbish gets no reply, and whoever asked may be gone.
+            with contextlib.suppress(OSError, *MALFORMED):
+                reply = query[:2] + kept.take() if kept is not None else self._reply(query, datagrams, client)
+                if reply is not None:
+                    datagrams.sendto(reply, client)
 
     def _reply(self, query: bytes, datagrams: socket.socket, client: tuple[str, int]) -> bytes | None:
         """Return the reply, or None when there will be one later, or never."""
-        try:
-            message = DNSRecord.parse(query)
-        except (DNSError, ValueError, struct.error):
-            return None  # not a question of dnsmasq's
+        message = DNSRecord.parse(query)
         if message.header.qr or len(message.questions) != 1:
             return None
         limit = _udp_limit(message)
@@ -142,7 +156,7 @@ class Responder:
                 return query[:2] + kept.take()
 
         def later() -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, *MALFORMED):
                 datagrams.sendto(self._completed(message, query, answer, limit), client)
 
         self._workers.submit(later)
@@ -157,7 +171,7 @@ class Responder:
             threading.Thread(target=self._serve_stream, args=(connection,), daemon=True).start()
 
     def _serve_stream(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError, EOFError, DNSError, ValueError, struct.error):
+        with connection, contextlib.suppress(OSError, EOFError, *MALFORMED):
             connection.settimeout(_CLIENT_TIMEOUT_S)
             while True:
                 query = _read_message(connection)
@@ -186,7 +200,7 @@ class Responder:
         relayed = self._ask(answer.outside, bytes(question.pack()), _TCP_BYTES)
         more: list[RR] = []
         if relayed:
-            with contextlib.suppress(DNSError, ValueError, struct.error):
+            with contextlib.suppress(*MALFORMED):
                 more = list(DNSRecord.parse(relayed).rr)
         return _pack(message, answer, limit, more)
 
