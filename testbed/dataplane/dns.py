@@ -38,6 +38,8 @@ SCHEMA_VERSION: Final = "1.1.0"
 _SCHEMA_TTL_S: Final = 28800
 _SOA_TIMES: Final = (7200, 1800, 86400)  # refresh, retry, expire
 _MAX_CHAIN: Final = 8  # CNAMEs one after another, as CoreDNS
+_MAX_NAME: Final = 253
+_MAX_LABEL: Final = 63
 _NO_PORT: Final = -1  # of an endpoint without ports: it has an address, and no SRV
 REVERSE_ZONE: Final = "in-addr.arpa"
 REVERSE_ZONE_6: Final = "ip6.arpa"
@@ -158,6 +160,11 @@ class _NameError(Exception):
 def domain_key(name: str) -> str:
     """Return a name as it is compared: lower case, without the final dot."""
     return name.lower().removesuffix(".")
+
+
+def can_be_sent(name: str) -> bool:
+    """Say whether a name fits into a DNS message (RFC 1035, 2.3.4). The API lets longer labels pass, as upstream's does."""
+    return len(name) <= _MAX_NAME and all(0 < len(label) <= _MAX_LABEL for label in name.split("."))
 
 
 def is_within(name: str, zone: str) -> bool:
@@ -418,7 +425,8 @@ class Zone:
             return self._services_at(question, [entry for entry in entries if not entry.alias])
         if rtype == RecordType.CNAME:
             alias = next((entry.alias for entry in entries), "")
-            return Answer(records=(Record(question, RecordType.CNAME, ttl, alias),) if alias else ())
+            has_one = bool(alias) and can_be_sent(alias)
+            return Answer(records=(Record(question, RecordType.CNAME, ttl, alias),) if has_one else ())
         return self._addresses(question, name, rtype, entries, ())
 
     def _addresses(
@@ -430,7 +438,7 @@ class Zone:
             return Answer()
         if entries and (alias := entries[0].alias):
             target = domain_key(alias)
-            if target == name or target in before or len(before) >= _MAX_CHAIN:
+            if target == name or target in before or len(before) >= _MAX_CHAIN or not can_be_sent(alias):
                 return Answer()
             link = Record(question, RecordType.CNAME, ttl, alias)
             if not is_within(target, self._settings.domain):

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from testbed.errors import InputError, LabError
@@ -144,7 +144,8 @@ def _living_records() -> Iterator[LabRecord]:
             record = json.loads((path / "lab.json").read_text())
         except FileNotFoundError:
             continue  # being started, or being stopped
-        yield LabRecord(**{**record, "nodes": tuple(record["nodes"])})
+        known = {field.name: record[field.name] for field in fields(LabRecord)}  # another version's may say more
+        yield LabRecord(**{**known, "nodes": tuple(known["nodes"])})
 
 
 def find_record(name: str | None) -> LabRecord:

@@ -45,6 +45,7 @@ from testbed.dataplane.dns import Answer, Rcode, Record, RecordType, Zone
 T = TypeVar("T")
 
 _NOT_SYNCED: Final = Answer(rcode=Rcode.SERVFAIL)
+_NOT_PACKABLE: Final = Answer(rcode=Rcode.SERVFAIL)
 _CLASSIC_BYTES: Final = 512  # RFC 1035: a UDP answer to a question that does not say more
 _MOST_UDP_BYTES: Final = 1232
 _TCP_BYTES: Final = 65535
@@ -268,7 +269,17 @@ def _orders(answer: Answer) -> list[Answer]:
 
 
 def _pack(message: DNSRecord, answer: Answer, limit: int, more: Sequence[RR] = ()) -> bytes:
-    """Return a reply as bytes, with as many records as fit and marked as truncated when that is not all."""
+    """Return a reply as bytes, with as many records as fit and marked as truncated when that is not all.
+
+    A record with a name that no message can hold (parts of it may be long, and there may be many) fails the question.
+    """
+    try:
+        return _packed(message, answer, limit, more)
+    except DNSLabelError:
+        return _packed(message, _NOT_PACKABLE, limit, ())
+
+
+def _packed(message: DNSRecord, answer: Answer, limit: int, more: Sequence[RR]) -> bytes:
     reply = message.reply(ra=1, aa=1)
     reply.header.rcode = int(answer.rcode)
     for record in answer.records:

@@ -189,6 +189,20 @@ def test_nobody_to_ask() -> None:
     assert asker.ask("4.3.2.1.in-addr.arpa", "PTR").header.rcode == RCODE.NXDOMAIN
 
 
+def test_a_target_that_fits_in_no_message(asker: Asker) -> None:
+    """A name that is too long as a whole fails the question instead of leaving it without a reply."""
+    label, name, space = "h" * 63, "s" * 63, "n" * 63
+    asker.responder.update(lambda zone: zone.configure(ZoneSettings(domain=f"{'d' * 60}.local")))
+    asker.put("namespaces", namespace(space))
+    asker.put(
+        "services", service(name, namespace=space, clusterIP="None", clusterIPs=["None"], ports=[port("http", 80)])
+    )
+    asker.put(SLICES, endpoint_slice(name, endpoint("10.244.0.1", hostname=label), namespace=space))
+    question = f"{name}.{space}.svc.{'d' * 60}.local"
+    assert asker.addresses(question) == ["10.244.0.1"]
+    assert asker.ask(question, "SRV").header.rcode == RCODE.SERVFAIL
+
+
 @pytest.mark.parametrize("tcp", [False, True])
 def test_rubbish(asker: Asker, tcp: bool) -> None:
     """Whatever bytes come, the responder goes on answering."""
