@@ -8,7 +8,7 @@
 dnsmasq reads its hosts file as a whole, and answers nothing meanwhile (1,000 names: 8 ms; 20,000: 0.15 s). So changes that
 come together are written together, and the next reading begins no sooner than it leaves dnsmasq time to answer.
 
-Its configuration follows the Corefile, which is looked at once a second: one that is wrong is refused in CoreDNS' words,
+Its configuration follows the Corefile, which is looked at twice a second: one that is wrong is refused in CoreDNS' words,
 and the old one stays. SIGTERM ends the program after the Corefile's lameduck time, in which it still answers.
 
 Source: CoreDNS v1.11 plugin/{health,ready,reload,metrics}; dnsmasq(8).
@@ -52,7 +52,7 @@ READY_PORT: Final = 8181
 METRICS_PORT: Final = 9153
 FOLDER: Final = "/run/coredns"
 _LOOPBACK: Final = "127.0.0.1"
-_COREFILE_EVERY_S: Final = 1.0
+_COREFILE_EVERY_S: Final = 0.5
 _REST_SHARE: Final = 2.0  # after a reading of the hosts file, dnsmasq answers for at least so many times as long
 _MOST_REST_S: Final = 0.4
 _READ_WITHIN_S: Final = 5.0
@@ -267,6 +267,11 @@ class ClusterDns:
             time.sleep(_RESTART_PAUSE_S)
         self._start_dnsmasq()
         self._is_due = True
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Say whether dnsmasq has been told everything that was accepted."""
+        return not self._is_due and not self._not_listed
 
     def wait_s(self) -> float:
         """Return how long nothing needs to be done if no message comes."""
