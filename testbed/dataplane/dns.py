@@ -184,9 +184,7 @@ class Zone:
         self._pods: dict[_Key, tuple[str, ...]] = {}
         self._pods_at: dict[str, dict[_Key, None]] = {}
         self._cluster_ips: dict[str, dict[_Key, None]] = {}
-        self._endpoints: dict[_Key, tuple[_Endpoint, ...]] = {}
         self._owners: dict[str, dict[_Key, int]] = {}  # address -> Services with it, and how often
-        self._unsettled: dict[_Key, None] = {}  # Services whose slices changed
         self._dirty: set[_Key] = set()  # Services whose lines of the hosts file may change
         self._lines: tuple[dict[_Key, str], dict[_Key, str]] = {}, {}  # of ClusterIPs, of headless Services
         self._serial = 1
@@ -274,43 +272,36 @@ class Zone:
         self._dirty.add(key)
 
     def _put_slice(self, key: _Key, owner: _Key | None, endpoints: tuple[_Endpoint, ...]) -> None:
-        before = self._slices.pop(key, None)
-        owners = [owner] if owner is not None else []
-        if before is not None:
-            owners.append(before[0])
-            _discard(self._slices_of, before[0], key)
+        """Take a slice in by what differs: a Service may have hundreds of endpoints, of which one changes."""
+        old_owner, old = self._slices.pop(key, (None, ()))
+        if old_owner is not None and old_owner != owner:
+            _discard(self._slices_of, old_owner, key)
         if owner is not None:
             self._slices[key] = (owner, endpoints)
             self._slices_of.setdefault(owner, {})[key] = None
-        self._unsettled.update(dict.fromkeys(owners))
+        is_moved = owner != old_owner
+        gone = set(old) if is_moved else set(old) - set(endpoints)
+        came = set(endpoints) if is_moved else set(endpoints) - set(old)
+        for service, changed, step in ((old_owner, gone, -1), (owner, came, 1)):
+            if service is not None and changed:
+                self._dirty.add(service)
+                for endpoint in changed:
+                    self._count(endpoint.address, service, step)
 
-    def _settle(self) -> None:
-        """Take changed slices in: once for all that changed together, because a Service may have hundreds."""
-        while self._unsettled:
-            self._gather(self._unsettled.popitem()[0])
+    def _count(self, address: str, service: _Key, step: int) -> None:
+        """Note that a Service has an address once more or less. Whoever shares it may move out of the hosts file, or back."""
+        owners = self._owners.setdefault(address, {})
+        owners[service] = owners.get(service, 0) + step
+        if not owners[service]:
+            del owners[service]
+        self._dirty.update(owners)
+        if not owners:
+            del self._owners[address]
 
-    def _gather(self, service: _Key) -> None:
-        """Put together the endpoints of a Service from its slices."""
+    def _endpoints(self, service: _Key) -> dict[_Endpoint, None]:
+        """Return the endpoints of a Service in the order of its slices, each once."""
         slices = sorted(self._slices_of.get(service, ()))
-        found = tuple(dict.fromkeys(endpoint for key in slices for endpoint in self._slices[key][1]))
-        before = self._endpoints.pop(service, ())
-        if found:
-            self._endpoints[service] = found
-        if found == before:
-            return
-        for endpoint in before:
-            owners = self._owners[endpoint.address]
-            owners[service] -= 1
-            if not owners[service]:
-                del owners[service]
-        for endpoint in found:
-            owners = self._owners.setdefault(endpoint.address, {})
-            owners[service] = owners.get(service, 0) + 1
-        self._dirty.add(service)
-        for address in {endpoint.address for endpoint in (*before, *found)}:
-            self._dirty.update(self._owners[address])
-            if not self._owners[address]:
-                del self._owners[address]
+        return dict.fromkeys(endpoint for key in slices for endpoint in self._slices[key][1])
 
     def _put_pod(self, key: _Key, addresses: tuple[str, ...]) -> None:
         for address in self._pods.pop(key, ()):
@@ -327,7 +318,6 @@ class Zone:
 
         ClusterIPs come first, because the first line of an address decides about its PTR.
         """
-        self._settle()
         cluster, headless = self._lines
         for key in self._dirty:
             cluster.pop(key, None)
@@ -345,7 +335,7 @@ class Zone:
 
     def _headless_lines(self, key: _Key, name: str) -> str:
         lines: dict[tuple[IPv4Address, str], str] = {}
-        for endpoint in self._endpoints.get(key, ()):
+        for endpoint in self._endpoints(key):
             if not self._has_one_name(endpoint.address):
                 return ""
             place = (IPv4Address(endpoint.address), endpoint.label)
@@ -366,7 +356,7 @@ class Zone:
         found = [
             f"{endpoint.label}.{self._service_name(key)}"
             for key in sorted(self._owners.get(address, ()))
-            for endpoint in self._endpoints[key]
+            for endpoint in self._endpoints(key)
             if endpoint.address == address
         ]
         return list(dict.fromkeys(found))
@@ -381,7 +371,6 @@ class Zone:
 
         A name outside the zone falls through.
         """
-        self._settle()
         name = domain_key(question)
         settings = self._settings
         if is_within(name, settings.domain):
@@ -556,7 +545,7 @@ class Zone:
         elif label or service.is_headless:
             found = [
                 _Entry(f"{endpoint.label}.{name}", address=endpoint.address, port=candidate.number)
-                for endpoint in self._endpoints.get(key, ())
+                for endpoint in self._endpoints(key)
                 if label in ("", endpoint.label)
                 for candidate in endpoint.ports
                 if fits(candidate)
@@ -616,7 +605,7 @@ def _parse_slice(obj: Object) -> tuple[_Key | None, tuple[_Endpoint, ...]]:
         for address in raw.get("addresses") or ()
         if _family(address) is IPv4Address
     ]
-    return (namespace_of(obj), service), tuple(endpoints)
+    return (namespace_of(obj), service), tuple(dict.fromkeys(endpoints))
 
 
 def _parse_pod(obj: Object) -> tuple[str, ...]:
