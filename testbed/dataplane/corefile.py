@@ -28,8 +28,9 @@ from dataclasses import dataclass, field, replace
 from ipaddress import AddressValueError, IPv4Address
 from typing import Final
 
-from testbed.dataplane.dns import REVERSE_ZONE, REVERSE_ZONE_6, PodMode, ZoneSettings, domain_key, is_within
+from testbed.dataplane.dns import domain_key, is_within
 from testbed.errors import InputError
+from testbed.model.dns import REVERSE_ZONE, REVERSE_ZONE_6, PodMode, ZoneSettings
 
 DNS_PORT: Final = 53
 #: Where the responder behind dnsmasq listens, on loopback.

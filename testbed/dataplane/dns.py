@@ -22,12 +22,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum, IntEnum
-from ipaddress import AddressValueError, IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 
-from testbed.model.objects import Object, labels_of, name_of, namespace_of
-from testbed.model.service import SERVICE_NAME_LABEL
+from testbed.model.dns import (
+    NO_PORT,
+    REVERSE_ZONE,
+    REVERSE_ZONE_6,
+    Answer,
+    DnsEndpoint,
+    DnsPort,
+    DnsService,
+    PodMode,
+    Rcode,
+    Record,
+    RecordType,
+    ZoneSettings,
+    dashed_address,
+    family_of,
+    parse_dns_pod,
+    parse_dns_service,
+    parse_dns_slice,
+    reversed_address,
+)
+from testbed.model.objects import Object, name_of, namespace_of
 
 SERVICES: Final = "services"
 SLICES: Final = "endpointslices.discovery.k8s.io"
@@ -40,103 +58,6 @@ _SOA_TIMES: Final = (7200, 1800, 86400)  # refresh, retry, expire
 _MAX_CHAIN: Final = 8  # CNAMEs one after another, as CoreDNS
 _MAX_NAME: Final = 253
 _MAX_LABEL: Final = 63
-_NO_PORT: Final = -1  # of an endpoint without ports: it has an address, and no SRV
-REVERSE_ZONE: Final = "in-addr.arpa"
-REVERSE_ZONE_6: Final = "ip6.arpa"
-
-
-class RecordType(IntEnum):
-    """Types that the zone has; the values are IANA's."""
-
-    A = 1
-    NS = 2
-    CNAME = 5
-    SOA = 6
-    PTR = 12
-    TXT = 16
-    AAAA = 28
-    SRV = 33
-
-
-class Rcode(IntEnum):
-    """How a query ended."""
-
-    NOERROR = 0
-    SERVFAIL = 2
-    NXDOMAIN = 3
-    REFUSED = 5
-
-
-class PodMode(Enum):
-    """For which addresses there are pod records."""
-
-    DISABLED = "disabled"
-    INSECURE = "insecure"  # for every address, as long as the namespace exists
-    VERIFIED = "verified"  # for those of pods
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One resource record. Names have no final dot. ``value`` by type: address or name as text; SRV: (priority, weight,
-    port, target); SOA: (server, mailbox, serial, refresh, retry, expire, minimum)."""
-
-    name: str
-    type: RecordType
-    ttl: int
-    value: str | tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What the zone says to a question.
-
-    ``outside`` is a name that others must be asked for: records of it, of the type asked for, complete the answer. With
-    ``falls_through`` the whole question is for others, if there are any; the rest of the answer holds when there are none.
-    """
-
-    rcode: Rcode = Rcode.NOERROR
-    records: tuple[Record, ...] = ()
-    additional: tuple[Record, ...] = ()
-    authority: tuple[Record, ...] = ()
-    outside: str = ""
-    falls_through: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZoneSettings:
-    """What the Corefile's plugin ``kubernetes`` says. ``server`` is the address of this DNS server, for NS records."""
-
-    domain: str = "cluster.local"
-    ttl: int = 5
-    pods: PodMode = PodMode.DISABLED
-    fallthrough: tuple[str, ...] = ()  # zones whose unknown names others are asked for
-    server: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Port:
-    name: str
-    protocol: str  # lower case
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Endpoint:
-    """A ready address of a Service; ``label`` is its first label below the Service's name."""
-
-    address: str
-    label: str
-    ports: tuple[_Port, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Service:
-    namespace: str
-    name: str
-    cluster_ips: tuple[str, ...] = ()  # empty for headless and external ones
-    is_headless: bool = False
-    external_name: str = ""
-    ports: tuple[_Port, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +66,7 @@ class _Entry:
 
     name: str
     address: str = ""
-    port: int = _NO_PORT
+    port: int = NO_PORT
     alias: str = ""
 
 
@@ -177,8 +98,8 @@ class Zone:
 
     def __init__(self, settings: ZoneSettings) -> None:
         self._settings = settings
-        self._services: dict[_Key, _Service] = {}
-        self._slices: dict[_Key, tuple[_Key, tuple[_Endpoint, ...]]] = {}  # slice -> its Service, its endpoints
+        self._services: dict[_Key, DnsService] = {}
+        self._slices: dict[_Key, tuple[_Key, tuple[DnsEndpoint, ...]]] = {}  # slice -> its Service, its endpoints
         self._slices_of: dict[_Key, dict[_Key, None]] = {}
         self._namespaces: set[str] = set()
         self._pods: dict[_Key, tuple[str, ...]] = {}
@@ -227,15 +148,15 @@ class Zone:
         self._serial += 1
         match resource:
             case "services":
-                self._put_service(key, _parse_service(obj))
+                self._put_service(key, parse_dns_service(obj))
             case "namespaces":
                 if key[1] not in self._namespaces:
                     self._namespaces.add(key[1])
                     self._touch_namespace(key[1])
             case "pods":
-                self._put_pod(key, _parse_pod(obj))
+                self._put_pod(key, parse_dns_pod(obj))
             case _:
-                self._put_slice(key, *_parse_slice(obj))
+                self._put_slice(key, *parse_dns_slice(obj))
 
     def delete(self, resource: str, namespace: str, name: str) -> None:
         """Forget an object; succeeds when it is not known."""
@@ -259,7 +180,7 @@ class Zone:
                 for address in service.cluster_ips:
                     self._dirty.update(self._owners.get(address, ()))
 
-    def _put_service(self, key: _Key, service: _Service | None) -> None:
+    def _put_service(self, key: _Key, service: DnsService | None) -> None:
         before = self._services.pop(key, None)
         for address in before.cluster_ips if before else ():
             _discard(self._cluster_ips, address, key)
@@ -271,7 +192,7 @@ class Zone:
                 self._dirty.update(self._owners.get(address, ()))
         self._dirty.add(key)
 
-    def _put_slice(self, key: _Key, owner: _Key | None, endpoints: tuple[_Endpoint, ...]) -> None:
+    def _put_slice(self, key: _Key, owner: _Key | None, endpoints: tuple[DnsEndpoint, ...]) -> None:
         """Take a slice in by what differs: a Service may have hundreds of endpoints, of which one changes."""
         old_owner, old = self._slices.pop(key, (None, ()))
         if old_owner is not None and old_owner != owner:
@@ -298,7 +219,7 @@ class Zone:
         if not owners:
             del self._owners[address]
 
-    def _endpoints(self, service: _Key) -> dict[_Endpoint, None]:
+    def _endpoints(self, service: _Key) -> dict[DnsEndpoint, None]:
         """Return the endpoints of a Service in the order of its slices, each once."""
         slices = sorted(self._slices_of.get(service, ()))
         return dict.fromkeys(endpoint for key in slices for endpoint in self._slices[key][1])
@@ -437,7 +358,7 @@ class Zone:
             except _NameError:
                 return Answer()
             return Answer(records=(link, *rest.records), outside=rest.outside) if rest.records else Answer()
-        addresses = dict.fromkeys(entry.address for entry in entries if _family(entry.address) is family)
+        addresses = dict.fromkeys(entry.address for entry in entries if family_of(entry.address) is family)
         return Answer(records=tuple(Record(question, RecordType(rtype), ttl, address) for address in addresses))
 
     def _services_at(self, question: str, entries: list[_Entry]) -> Answer:
@@ -446,12 +367,12 @@ class Zone:
         records: dict[tuple[str, int], Record] = {}
         extra: dict[tuple[str, str], Record] = {}
         for entry in entries:
-            if entry.port == _NO_PORT:
+            if entry.port == NO_PORT:
                 continue
             weight = max(1, 100 // len(entries))
             value = (0, weight, entry.port, entry.name)
             records.setdefault((entry.name, entry.port), Record(question, RecordType.SRV, ttl, value))
-            kind = RecordType.A if _family(entry.address) is IPv4Address else RecordType.AAAA
+            kind = RecordType.A if family_of(entry.address) is IPv4Address else RecordType.AAAA
             extra.setdefault((entry.name, entry.address), Record(entry.name, kind, ttl, entry.address))
         return Answer(records=tuple(records.values()), additional=tuple(extra.values()))
 
@@ -464,12 +385,12 @@ class Zone:
         return Answer(
             records=tuple(Record(question, RecordType.NS, ttl, name) for name in names),
             additional=tuple(
-                Record(name, RecordType.A, ttl, ip) for name, ip in addresses if _family(ip) is IPv4Address
+                Record(name, RecordType.A, ttl, ip) for name, ip in addresses if family_of(ip) is IPv4Address
             ),
         )
 
     def _pointers(self, question: str, name: str, zone: str) -> Answer:
-        address = _reversed_address(name)
+        address = reversed_address(name)
         if not address:
             if zone == self._settings.domain:
                 self._entries(name)  # a name that is there has no PTR; one that is not is not there
@@ -519,7 +440,7 @@ class Zone:
         return self._service_entries(service, labels)
 
     def _pod_entries(self, name: str, namespace: str, dashed: str) -> list[_Entry]:
-        address = _dashed_address(dashed)
+        address = dashed_address(dashed)
         mode = self._settings.pods
         is_there = mode is PodMode.INSECURE or (
             mode is PodMode.VERIFIED and any(key[0] == namespace for key in self._pods_at.get(address, ()))
@@ -528,14 +449,14 @@ class Zone:
             raise _NameError
         return [_Entry(name, address=address)]
 
-    def _service_entries(self, service: _Service, labels: list[str]) -> list[_Entry]:
+    def _service_entries(self, service: DnsService, labels: list[str]) -> list[_Entry]:
         """Return what is behind the labels left of a Service's name: none, an endpoint's, or a port and a protocol."""
         label = labels[0] if len(labels) == 1 else ""
         port, protocol = (text.removeprefix("_") for text in labels) if len(labels) == 2 else ("", "")
         key = (service.namespace, service.name)
         name = self._service_name(key)
 
-        def fits(candidate: _Port) -> bool:
+        def fits(candidate: DnsPort) -> bool:
             return port in ("", candidate.name) and protocol in ("", candidate.protocol)
 
         found: list[_Entry] = []
@@ -567,80 +488,3 @@ def _discard(table: dict[Any, dict[_Key, None]], place: Any, key: _Key) -> None:
     keys.pop(key, None)
     if not keys:
         table.pop(place, None)
-
-
-# -- objects -----------------------------------------------------------------------------------------------------------
-
-
-def _parse_service(obj: Object) -> _Service:
-    spec: Mapping[str, Any] = obj.get("spec") or {}
-    namespace, name = namespace_of(obj), name_of(obj)
-    if spec.get("type") == "ExternalName":
-        target = str(spec.get("externalName") or "").removesuffix(".")
-        return _Service(namespace, name, external_name=target if _family(target) is None else "")
-    given = spec.get("clusterIPs") or [spec.get("clusterIP") or ""]
-    ports = tuple(
-        _Port((port.get("name") or "").lower(), (port.get("protocol") or "TCP").lower(), int(port["port"]))
-        for port in spec.get("ports") or ()
-    )
-    if given[0] == "None":
-        return _Service(namespace, name, is_headless=True, ports=ports)
-    return _Service(namespace, name, cluster_ips=tuple(ip for ip in given if _family(ip) is IPv4Address), ports=ports)
-
-
-def _parse_slice(obj: Object) -> tuple[_Key | None, tuple[_Endpoint, ...]]:
-    """Return the Service of a slice and its ready endpoints. A condition that is not given means ready."""
-    service = labels_of(obj).get(SERVICE_NAME_LABEL)
-    if not service or obj.get("addressType", "IPv4") != "IPv4":
-        return None, ()
-    ports = tuple(
-        _Port((port.get("name") or "").lower(), (port.get("protocol") or "TCP").lower(), int(port["port"]))
-        for port in obj.get("ports") or ()
-        if port.get("port") is not None
-    ) or (_Port("", "", _NO_PORT),)
-    endpoints = [
-        _Endpoint(address, str(raw.get("hostname") or address.replace(".", "-")).lower(), ports)
-        for raw in obj.get("endpoints") or ()
-        if (raw.get("conditions") or {}).get("ready") is not False
-        for address in raw.get("addresses") or ()
-        if _family(address) is IPv4Address
-    ]
-    return (namespace_of(obj), service), tuple(dict.fromkeys(endpoints))
-
-
-def _parse_pod(obj: Object) -> tuple[str, ...]:
-    """Return the addresses of a pod; a pod that has ended has none any more."""
-    status = obj.get("status") or {}
-    if status.get("phase") in ("Succeeded", "Failed"):
-        return ()
-    given = [entry.get("ip") for entry in status.get("podIPs") or ()] or [status.get("podIP")]
-    return tuple(str(address) for address in given if address)
-
-
-def _family(text: str) -> type[IPv4Address] | type[IPv6Address] | None:
-    for family in (IPv4Address, IPv6Address):
-        try:
-            family(text)
-        except AddressValueError:
-            continue
-        return family
-    return None
-
-
-def _dashed_address(text: str) -> str:
-    """Return the address of a pod's name, or ''."""
-    is_v4 = text.count("-") == 3 and "--" not in text
-    try:
-        return str(IPv4Address(text.replace("-", "."))) if is_v4 else str(IPv6Address(text.replace("-", ":")))
-    except AddressValueError:
-        return ""
-
-
-def _reversed_address(name: str) -> str:
-    """Return the IPv4 address of a name below in-addr.arpa, or ''."""
-    if not name.endswith(f".{REVERSE_ZONE}"):
-        return ""
-    try:
-        return str(IPv4Address(".".join(reversed(name[: -len(REVERSE_ZONE) - 1].split(".")))))
-    except AddressValueError:
-        return ""

@@ -41,8 +41,9 @@ from testbed.dataplane.corefile import (
     parse_corefile,
     render_dnsmasq,
 )
-from testbed.dataplane.dns import NAMESPACES, PODS, SERVICES, SLICES, PodMode, Zone
+from testbed.dataplane.dns import NAMESPACES, PODS, SERVICES, SLICES, Zone
 from testbed.errors import InputError, KernelError
+from testbed.model.dns import PodMode
 from testbed.programs.answers import Answer, Listener
 from testbed.programs.dns_responder import MALFORMED, Responder
 from testbed.programs.kube_proxy import Changed, Listed, Stop, Watcher

@@ -40,7 +40,8 @@ from dnslib import (
 )
 
 from testbed.dataplane.corefile import DnsConfig, Upstream
-from testbed.dataplane.dns import Answer, Rcode, Record, RecordType, Zone
+from testbed.dataplane.dns import Zone
+from testbed.model.dns import Answer, Rcode, Record, RecordType
 
 T = TypeVar("T")
 

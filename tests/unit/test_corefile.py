@@ -18,8 +18,8 @@ from testbed.dataplane.corefile import (
     render_dnsmasq,
     resolv_conf_servers,
 )
-from testbed.dataplane.dns import PodMode, ZoneSettings
 from testbed.lab.cluster_dns import corefile
+from testbed.model.dns import PodMode, ZoneSettings
 
 RESOLV = "# comment\nnameserver 192.168.93.53\nnameserver fe80::1\nsearch a.b\nnameserver 192.168.93.54\n"
 

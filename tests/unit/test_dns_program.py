@@ -11,9 +11,10 @@ import pytest
 from dns_model import endpoint, endpoint_slice, namespace, port, service
 
 from testbed.dataplane.corefile import DnsConfig, parse_corefile
-from testbed.dataplane.dns import RecordType, Zone
+from testbed.dataplane.dns import Zone
 from testbed.errors import InputError, KernelError
 from testbed.lab.cluster_dns import corefile
+from testbed.model.dns import RecordType
 from testbed.programs import dns as program
 from testbed.programs.dns import ClusterDns, Ended, parse_command
 from testbed.programs.dns_responder import Responder

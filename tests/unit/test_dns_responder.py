@@ -12,7 +12,8 @@ from dns_model import endpoint, endpoint_slice, namespace, port, service
 from dnslib import EDNS0, QTYPE, RCODE, RR, DNSRecord
 
 from testbed.dataplane.corefile import DnsConfig, Upstream
-from testbed.dataplane.dns import PodMode, Zone, ZoneSettings
+from testbed.dataplane.dns import Zone
+from testbed.model.dns import PodMode, ZoneSettings
 from testbed.programs.dns_responder import Responder
 
 HOST = "127.0.0.1"

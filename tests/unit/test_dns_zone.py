@@ -22,7 +22,8 @@ from dns_model import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from testbed.dataplane.dns import Answer, PodMode, Rcode, Record, RecordType, Zone, ZoneSettings
+from testbed.dataplane.dns import Zone
+from testbed.model.dns import Answer, PodMode, Rcode, Record, RecordType, ZoneSettings
 
 SETTINGS = ZoneSettings(ttl=TTL, pods=PodMode.INSECURE, fallthrough=("in-addr.arpa", "ip6.arpa"), server="10.244.9.9")
 HTTP = [port("http", 80)]
