@@ -50,6 +50,7 @@ _NOT_PACKABLE: Final = Answer(rcode=Rcode.SERVFAIL)
 _CLASSIC_BYTES: Final = 512  # RFC 1035: a UDP answer to a question that does not say more
 _MOST_UDP_BYTES: Final = 1232
 _TCP_BYTES: Final = 65535
+_WAITING_BYTES: Final = 1 << 20  # of questions while the zone changes; the kernel gives what it allows
 _KEPT_ANSWERS: Final = 8192
 _KEPT_ORDERS: Final = 16  # orders of one answer; more addresses than this share them unevenly by a hair
 _UPSTREAM_TIMEOUT_S: Final = 2.0
@@ -115,10 +116,16 @@ class Responder:
         Raises:
             OSError: the port is taken.
         """
-        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        datagrams.bind((host, port))
-        port = datagrams.getsockname()[1]
         streams = socket.create_server((host, port), backlog=64)
+        port = streams.getsockname()[1]
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WAITING_BYTES)
+        try:
+            datagrams.bind((host, port))
+        except OSError:
+            datagrams.close()
+            streams.close()
+            raise
         threading.Thread(target=self._serve_datagrams, args=(datagrams,), name="dns-udp", daemon=True).start()
         threading.Thread(target=self._serve_streams, args=(streams,), name="dns-tcp", daemon=True).start()
         return int(port)
