@@ -29,14 +29,12 @@ class OutsideServer:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((HOST, 0))
         self.port: int = self._socket.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
         while True:
-            try:
-                query, client = self._socket.recvfrom(4096)
-            except OSError:
-                return
+            query, client = self._socket.recvfrom(4096)
             if not query:
                 return
             message = DNSRecord.parse(query)
@@ -50,7 +48,9 @@ class OutsideServer:
 
     def close(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bell:
-            bell.sendto(b"", (HOST, self.port))
+            while self._thread.is_alive():
+                bell.sendto(b"", (HOST, self.port))
+                self._thread.join(0.05)
         self._socket.close()
 
 
