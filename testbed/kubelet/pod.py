@@ -17,7 +17,7 @@ from testbed.kubelet.logs import ContainerLog
 from testbed.kubelet.runtime import Volume
 from testbed.kubelet.specs import Start, container_start, not_honoured, sandbox_spec
 from testbed.kubelet.status import ContainerView, pod_status, waiting
-from testbed.kubelet.texts import hostname_of
+from testbed.kubelet.texts import dns_config_warnings, hostname_of
 from testbed.kubelet.volumes import UnsupportedVolume, live_sources, volumes_of
 from testbed.model.objects import Object, is_terminating, name_of, namespace_of
 
@@ -144,6 +144,8 @@ class PodWorker:
             field for container in self.pod["spec"]["containers"] for field in not_honoured(self.pod, container)
         ):
             self.say("Warning", "NotHonoured", f"{field} is accepted but has no effect here")
+        for reason, message in dns_config_warnings(self.pod, self.kubelet.cluster, self.kubelet.node_resolv_conf):
+            self.say("Warning", reason, message)
         self._services = self._service_variables()
         for runner in self._init:
             if not await self._run_init(runner):

@@ -51,9 +51,20 @@ def hosts_file(pod: Object, hostname: str, address: IPv4Address, domain: str) ->
 
 def resolv_conf(pod: Object, cluster: ClusterConfig, node_resolv_conf: str) -> str:
     """Return /etc/resolv.conf for a pod's dnsPolicy and dnsConfig; lines in the kubelet's order."""
+    servers, searches, options = _dns_of(pod, cluster, node_resolv_conf)
+    lines = [f"nameserver {server}" for server in servers[:MAX_NAMESERVERS]]
+    if searches:
+        lines.append("search " + " ".join(_fitting(searches)))
+    if options:
+        lines.append("options " + " ".join(f"{name}:{value}" if value else name for name, value in options.items()))
+    return "\n".join(lines) + "\n"
+
+
+def _dns_of(pod: Object, cluster: ClusterConfig, node_resolv_conf: str) -> tuple[list[str], list[str], dict[str, str]]:
+    """Return nameservers, search paths and options that a pod asks for, without the limits."""
     spec = pod["spec"]
     policy = spec.get("dnsPolicy") or "ClusterFirst"
-    if policy == "ClusterFirst" and spec.get("hostNetwork"):
+    if (policy == "ClusterFirst" and spec.get("hostNetwork")) or lacks_cluster_dns(pod, cluster):
         policy = "Default"
     servers, searches, options = _parse(node_resolv_conf) if policy != "None" else ([], [], {})
     if policy in ("ClusterFirst", "ClusterFirstWithHostNet"):
@@ -64,12 +75,46 @@ def resolv_conf(pod: Object, cluster: ClusterConfig, node_resolv_conf: str) -> s
     searches = list(dict.fromkeys([*searches, *(config.get("searches") or [])]))
     for option in config.get("options") or []:
         options[option["name"]] = option.get("value") or ""
-    lines = [f"nameserver {server}" for server in servers[:MAX_NAMESERVERS]]
-    if searches:
-        lines.append("search " + " ".join(_fitting(searches)))
-    if options:
-        lines.append("options " + " ".join(f"{name}:{value}" if value else name for name, value in options.items()))
-    return "\n".join(lines) + "\n"
+    return servers, searches, options
+
+
+def lacks_cluster_dns(pod: Object, cluster: ClusterConfig) -> bool:
+    """Say whether a pod asks for cluster DNS in a cluster that has none."""
+    spec = pod["spec"]
+    policy = spec.get("dnsPolicy") or "ClusterFirst"
+    wants = policy == "ClusterFirstWithHostNet" or (policy == "ClusterFirst" and not spec.get("hostNetwork"))
+    return wants and cluster.dns is None
+
+
+def dns_config_warnings(pod: Object, cluster: ClusterConfig, node_resolv_conf: str) -> list[tuple[str, str]]:
+    """Return (reason, message) of each event that the kubelet records about a pod's DNS.
+
+    Source: pkg/kubelet/network/dns/dns.go (v1.30).
+    """
+    found = []
+    if lacks_cluster_dns(pod, cluster):
+        policy = pod["spec"].get("dnsPolicy") or "ClusterFirst"
+        message = (
+            f'kubelet does not have ClusterDNS IP configured and cannot create Pod using "{policy}" policy. '
+            'Falling back to "Default" policy.'
+        )
+        found.append(("MissingClusterDNS", message))
+    servers, searches, _ = _dns_of(pod, cluster, node_resolv_conf)
+    if len(servers) > MAX_NAMESERVERS:
+        applied = " ".join(servers[:MAX_NAMESERVERS])
+        message = (
+            "Nameserver limits were exceeded, some nameservers have been omitted, "
+            f"the applied nameserver line is: {applied}"
+        )
+        found.append(("DNSConfigForming", message))
+    fitting = _fitting(searches)
+    if len(fitting) < len(searches):
+        message = (
+            "Search Line limits were exceeded, some search paths have been omitted, the applied search line is: "
+            + " ".join(fitting)
+        )
+        found.append(("DNSConfigForming", message))
+    return found
 
 
 def _fitting(searches: list[str]) -> list[str]:

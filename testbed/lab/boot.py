@@ -66,6 +66,7 @@ def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> 
     try:
         spawner = Spawner(request.topology, request.folder, control, forker, request.iptables_backend)
         spawner.network.build_topology()
+        spawner.start_outside_dns()
         report(request.progress_fd, phase="network")
         preload()
         # The control process reports from here on; holding the pipe would hide its death from whoever waits.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address
 from typing import Any
 
+from testbed.lab.cluster_dns import dns_objects
 from testbed.model.objects import Object
 from testbed.model.topology import Topology
 
@@ -26,7 +27,7 @@ def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
 def system_objects(
     topology: Topology, *, proxy_config_text: str, api_folder: str, api: tuple[IPv4Address, int], iptables_backend: str
 ) -> list[Object]:
-    """Return the ServiceCIDR and Service ``kubernetes`` and kube-proxy's own objects, in creation order.
+    """Return the ServiceCIDR and Service ``kubernetes``, kube-proxy's own objects and those of cluster DNS, in creation order.
 
     Args:
         proxy_config_text: a KubeProxyConfiguration in YAML, what the ConfigMap holds as ``config.conf``.
@@ -46,6 +47,7 @@ def system_objects(
         _object("v1", "ServiceAccount", "kube-proxy"),
         _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),
         _kube_proxy(api_folder, iptables_backend),
+        *dns_objects(topology, api_folder=api_folder),
     ]
 
 

@@ -21,6 +21,7 @@ from testbed.controllers import ControllerDriver, default_controllers, ensure_sy
 from testbed.controllers.system import RootCertificatePublisher
 from testbed.kubelet.agent import Kubelet
 from testbed.lab.bootstrap import proxy_configuration, system_objects
+from testbed.lab.dns_wait import until_dns_answers
 from testbed.lab.endpoint import API_PORT, listen, make_endpoint
 from testbed.lab.nodes import LabNodes
 from testbed.lab.request import LabRequest, report
@@ -78,8 +79,16 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
         request.topology.nodes,
         runtime,
         lambda node: Kubelet(
-            node, registry, runtime, catalogue, cluster=cluster, clock=time.monotonic, now=_now, token_of=token_of
-        ),
+            node,
+            registry,
+            runtime,
+            catalogue,
+            cluster=cluster,
+            clock=time.monotonic,
+            now=_now,
+            token_of=token_of,
+            node_resolv_conf=request.topology.resolv_conf,
+        ),  # fmt: skip,
     )
     app = make_app(registry, ready=lambda: True, tokens=tokens)
     add_stream_routes(app, registry, nodes)
@@ -103,6 +112,9 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     for obj in objects:
         registry.create(_resource_key(obj), obj)
     await _until_ready(store, nodes.failed)
+    if cluster.dns is not None:
+        names = [node.name for node in request.topology.nodes]
+        await until_dns_answers(store, runtime, cluster.dns, names, [nodes.failed])
     report(request.progress_fd, ready=True)
     done, _ = await asyncio.wait([nodes.failed, runtime.gone], return_when=asyncio.FIRST_COMPLETED)
     for task in done:

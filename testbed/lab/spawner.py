@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from testbed.dataplane.outside_dns import render_outside_dnsmasq, render_outside_hosts
 from testbed.errors import InputError, KernelError, NotPresent, TestbedError
 from testbed.kernel.processes import Target, exec_child, exit_code, fork_in, reset_signals, session_child
 from testbed.kernel.rootfs import Bind
@@ -204,6 +205,20 @@ class Spawner:
 
         self._selector.register(fd, selectors.EVENT_READ, reap)
         return fd
+
+    def start_outside_dns(self) -> None:
+        """Run the DNS server of the topology's outside names on its host, if it has one, until that or the lab ends."""
+        host = self.network.topology.outside_dns
+        if not host:
+            return
+        folder = Path(self.private, "outside-dns")
+        folder.mkdir()
+        (folder / "hosts").write_text(render_outside_hosts(self.network.topology))
+        config = folder / "dnsmasq.conf"
+        config.write_text(render_outside_dnsmasq(self.network.topology, str(folder / "hosts")))
+        place = Target(name=host, pidfd=self.network[host].holder.pidfd, env=dict(os.environ))
+        pid = fork_in(place, exec_child(place, ["dnsmasq", "--keep-in-foreground", "-C", str(config)]))
+        self._watch_child(pid, lambda status: print(f"outside DNS on {host} ended: {exit_code(status)}", flush=True))
 
     # -- sandboxes -------------------------------------------------------------------------------------------------
 
@@ -616,9 +631,9 @@ def preload() -> None:
     """Import what forked programs run: a cold import of kube-proxy would cost each node 0.3 s, shared pages cost nothing."""
     import yaml
 
-    from testbed.programs import builtins, kube_proxy
+    from testbed.programs import builtins, dns, kube_proxy
 
-    del yaml, builtins, kube_proxy
+    del yaml, builtins, dns, kube_proxy
 
 
 def _run_cli(network: LabNetwork) -> None:

@@ -40,6 +40,7 @@ _TOOLS = {
     "nsenter": "util-linux",
     "nginx": "nginx-light",
     "conntrack": "conntrack",
+    "dnsmasq": "dnsmasq-base",
 }
 """Program -> Debian package, for what every lab needs."""
 

@@ -98,6 +98,12 @@ class Percent(float):
     __slots__ = ()
 
 
+class DnsAddress(str):
+    """An IPv4 address, or ``none`` for a cluster without DNS."""
+
+    __slots__ = ()
+
+
 class PortRange(tuple[int, int]):
     """First and last port, written as ``30000-32767``."""
 
@@ -208,6 +214,11 @@ def parse_address(text: str) -> IPv4Address:
     raise ValueError(f"{text!r} is an IPv6 address: IPv4 only so far")
 
 
+def parse_dns_address(text: str) -> DnsAddress:
+    """Return an address, or that there is to be none."""
+    return DnsAddress(text if text == "none" else parse_address(text))
+
+
 def parse_cidr(text: str) -> IPv4Network:
     """Return an IPv4 network, written as ``192.168.93.0/24``."""
     try:
@@ -313,6 +324,7 @@ SCALARS: dict[type, Scalar] = {
     Percent: Scalar(parse_percent, "a percentage such as 1%", {"pattern": r"^[0-9]+(\.[0-9]+)?%$"}),
     PortRange: Scalar(parse_port_range, "a port range such as 30000-32767", {"pattern": "^[0-9]{1,5}-[0-9]{1,5}$"}),
     IPv4Address: Scalar(parse_address, "an IPv4 address", {"pattern": _ADDRESS_PATTERN}),
+    DnsAddress: Scalar(parse_dns_address, "an IPv4 address or none", {"pattern": f"{_ADDRESS_PATTERN}|^none$"}),
     IPv4Network: Scalar(
         parse_cidr, "an IPv4 network such as 192.168.93.0/24", {"pattern": _ADDRESS_PATTERN[:-1] + "/[0-9]{1,2}$"}
     ),

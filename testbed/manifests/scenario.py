@@ -8,6 +8,7 @@ The format is the Structs below; docs/scenario.md explains it to people.
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import SplitResult, urlsplit
@@ -48,6 +49,7 @@ from testbed.model.scenario import (
     ObjectRef,
     Place,
     Request,
+    ResolveStep,
     ScaleStep,
     Scenario,
     Scheme,
@@ -137,6 +139,15 @@ class ExpectWire(Wire):
     get: Annotated[str, Meta(description="an http or https URL")] | None = None
     tcp: Annotated[str, Meta(description="HOST:PORT")] | None = None
     udp: Annotated[str, Meta(description="HOST:PORT")] | None = None
+    resolve: Annotated[str, Meta(description="a name to ask DNS for, or an address")] | None = None
+    type: Literal["A", "AAAA", "CNAME", "MX", "NS", "PTR", "SOA", "SRV", "TXT"] | None = None
+    answers: Annotated[
+        list[str] | str | None, Meta(description="values of the records, or NAMESPACE/POD or NAMESPACE/label=value")
+    ] = None
+    rcode: Literal["NOERROR", "NXDOMAIN", "SERVFAIL", "REFUSED"] | None = None
+    server: Annotated[IPv4Address | None, Meta(description="the DNS server to ask; default: as resolv.conf says")] = (
+        None
+    )
     headers: dict[str, str] = field(default_factory=dict)
     send: str | None = None
     times: Annotated[int, Meta(ge=1, le=100000)] = 1
@@ -258,7 +269,7 @@ class Reference(NamedTuple):
     resource: Resource
     selector: Selector
     wire: Wire
-    steps: tuple[str, ...]
+    steps: tuple[str | int, ...]
 
 
 class _Reader:
@@ -433,7 +444,7 @@ class _Reader:
             return None
         return ObjectRef(resource.key, selector.namespace, selector.name)
 
-    def _selector(self, wire: Wire, resource: Resource, text: str, *steps: str) -> Selector | None:
+    def _selector(self, wire: Wire, resource: Resource, text: str, *steps: str | int) -> Selector | None:
         try:
             selector = parse_selector(text) if resource.namespaced else parse_cluster_selector(text)
         except ValueError as error:
@@ -557,9 +568,14 @@ class _Reader:
 
     # Expectations
 
-    def _expect(self, wire: ExpectWire, about: dict[str, Any], modes: Sequence[str]) -> ExpectStep | None:
+    def _expect(
+        self, wire: ExpectWire, about: dict[str, Any], modes: Sequence[str]
+    ) -> ExpectStep | ResolveStep | None:  # fmt: skip
         where = self._place(wire, wire.from_, "from")
-        how = self._one_of(wire, ("get", "tcp", "udp"))
+        how = self._one_of(wire, ("get", "tcp", "udp", "resolve"))
+        self._check_resolve_fields(wire, how)
+        if how == "resolve":
+            return self._resolve(wire, where, about)
         request = self._request(wire, how) if how else None
         answered_by = self._answered_by(wire, modes)
         sees = self._sees(wire)
@@ -583,6 +599,67 @@ class _Reader:
             reason = "has no effect with spread, which is sampled once and never retried: wait for readiness before it"
             self.refuse(wire, "within", reason=reason, is_warning=True)
         return step
+
+    def _check_resolve_fields(self, wire: ExpectWire, how: str | None) -> None:
+        if how is None:
+            return
+        about_dns = {"type": wire.type, "answers": wire.answers, "rcode": wire.rcode, "server": wire.server}
+        about_requests = {
+            "headers": wire.headers or None,
+            "send": wire.send,
+            "times": wire.times if wire.times != 1 else None,
+            "patience": wire.patience,
+            "status": wire.status,
+            "body": wire.body,
+            "answeredBy": wire.answered_by,
+            "sees": wire.sees,
+            "refused": wire.refused or None,
+            "timeout": wire.timeout or None,
+        }
+        for name, value in (about_requests if how == "resolve" else about_dns).items():
+            if value is not None:
+                only = "get, tcp and udp" if how == "resolve" else "resolve"
+                self.refuse(wire, name, reason=f"goes with {only} only, not with {how}")
+
+    def _resolve(self, wire: ExpectWire, where: Place | None, about: dict[str, Any]) -> ResolveStep | None:
+        name = str(wire.resolve)
+        is_address = re.fullmatch(r"[0-9.]+", name) is not None
+        kind = wire.type or ("PTR" if is_address else "A")
+        try:
+            if is_address:
+                parse_address(name)
+            elif len(name.removesuffix(".")) > 253 or not re.fullmatch(_QUESTION_PATTERN, name):
+                raise ValueError(f"{name!r} is not a name that can be asked for: labels of 1 to 63 characters")
+            if is_address and kind != "PTR":
+                self.refuse(wire, "type", reason=f"{name} is an address: it has PTR records")
+        except ValueError as error:
+            self.refuse(wire, "resolve", reason=str(error))
+        given = [wire.answers] if isinstance(wire.answers, str) else wire.answers
+        answers: list[str | Selector] = []
+        for index, text in enumerate(given or ()):
+            steps: tuple[str | int, ...] = ("answers",) if isinstance(wire.answers, str) else ("answers", index)
+            if "/" not in text:
+                answers.append(text)
+            elif kind != "A":
+                self.refuse(wire, *steps, reason=f"{text!r}: pods stand for their addresses, which are A records")
+            elif selector := self._selector(wire, _RESOURCE_BY_KIND["pod"], text, *steps):
+                answers.append(selector)
+        rcode = wire.rcode or "NOERROR"
+        if answers and rcode != "NOERROR":
+            self.refuse(wire, "answers", reason=f"an answer with {rcode} has none")
+        if where is None:
+            return None
+        what = "" if given is None else ", ".join(given) or f"no {kind} record"
+        return ResolveStep(
+            where=where,
+            name=name,
+            record_type=kind,
+            server=wire.server,
+            answers=None if given is None else tuple(answers),
+            rcode=rcode,
+            within_s=DEFAULT_EXPECT_WITHIN_S if wire.within is None else float(wire.within),
+            **_titled(about, f"{where} → dns {kind} {name}: {what or (wire.rcode or 'answers')}"),
+        )
 
     def _check_claims(self, wire: ExpectWire, how: str | None) -> None:
         answers = [
@@ -704,6 +781,9 @@ class _Reader:
         return False
 
 
+_QUESTION_PATTERN = (
+    r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?"
+)
 _RESOURCE_BY_KIND = {resource.kind.lower(): resource for resource in RESOURCES}
 
 

@@ -19,6 +19,7 @@ from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.scalars import (
     BRIDGE_PREFIX,
     Delay,
+    DnsAddress,
     Domain,
     Duration,
     InterfaceName,
@@ -111,6 +112,9 @@ class HostWire(Wire):
     address: IPv4Address | None
     interface: InterfaceName | None = None
     gateway: Annotated[IPv4Address | None, Meta(description="default route; default: the network's gateway")] = None
+    names: Annotated[list[Domain], Meta(description="names that outsideDNS gives for its address")] = field(
+        default_factory=list
+    )
 
 
 class LinkWire(Wire):
@@ -131,7 +135,9 @@ class ClusterWire(Wire):
     service_cidr: IPv4Network | None = field(default=None, name="serviceCIDR")
     node_port_range: PortRange | None = None
     domain: Domain | None = None
-    dns: Annotated[IPv4Address | None, Meta(description="default: the tenth address of the serviceCIDR")] = None
+    dns: Annotated[
+        DnsAddress | None, Meta(description="default: the tenth address of the serviceCIDR; none: no DNS")
+    ] = None
     node_monitor_grace_period: (
         Annotated[Duration, Meta(description="how long a node may be silent before it is NotReady; default 40s")] | None
     ) = None
@@ -145,6 +151,9 @@ class SpecWire(Wire):
     hosts: list[HostWire] = field(default_factory=list)
     links: list[LinkWire] = field(default_factory=list)
     cluster: ClusterWire | None = None
+    outside_dns: Annotated[str | None, Meta(description="the host that serves the hosts' names")] = field(
+        default=None, name="outsideDNS"
+    )
     kube_proxy: KubeProxyWire | None = None
 
 
@@ -239,6 +248,7 @@ class _Reader:
         pod_cidrs = self._pod_cidrs(cluster)
         links = [link for wire in self.spec.links if (link := self._link(wire))]
         self._check_one_link_each()
+        self._check_outside_names(cluster)
         if self.decoded.problems or metadata is None or metadata.name is None:
             return None
         return Topology(
@@ -248,6 +258,7 @@ class _Reader:
             hosts=tuple(self._host(wire) for wire in self.spec.hosts),
             links=tuple(links),
             cluster=cluster,
+            outside_dns=str(self.spec.outside_dns or ""),
             kube_proxy=self.decoded.document.value["spec"].get("kubeProxy") or {},
         )
 
@@ -343,9 +354,10 @@ class _Reader:
                 "serviceCIDR",
                 reason=f"{service_cidr} is not between /{_LARGEST_SERVICE_CIDR} and /{_SMALLEST_NETWORK}",
             )
+        dns: IPv4Address | None
         if wire.dns is not None:
-            dns = wire.dns
-            if self._is_unread(wire, "serviceCIDR"):
+            dns = None if wire.dns == "none" else IPv4Address(wire.dns)
+            if dns is None or self._is_unread(wire, "serviceCIDR"):
                 pass
             elif self._check_host_part(wire, "dns", dns, service_cidr, "serviceCIDR") and dns == service_cidr[1]:
                 self.refuse(wire, "dns", reason=f"{dns} is the address of the Service 'kubernetes'")
@@ -468,6 +480,21 @@ class _Reader:
                 self.refuse(wire, "between", reason=f"this link is already described in line {seen[ends]}")
             seen.setdefault(ends, self.decoded.line(wire))
 
+    # Names outside the cluster
+
+    def _check_outside_names(self, cluster: ClusterConfig) -> None:
+        server = self.spec.outside_dns
+        hosts = [str(host.name) for host in self.spec.hosts if host.name is not None]
+        if server is not None and server not in hosts:
+            self.refuse(self.spec, "outsideDNS", reason=_no_such("outside host", server, hosts))
+        for wire in self.spec.hosts:
+            if wire.names and server is None and not self._is_unread(self.spec, "outsideDNS"):
+                self.refuse(wire, "names", reason="nobody serves them: set spec.outsideDNS to one of the hosts")
+            for index, name in enumerate(wire.names):
+                if f".{name}".endswith(f".{cluster.domain}"):
+                    reason = f"{name!r} is in the cluster's own domain ({cluster.domain})"
+                    self.refuse(wire, "names", index, reason=reason)
+
     # Nothing is wrong any more
 
     def _node(self, wire: NodeWire, pod_cidr: IPv4Network) -> NodeSpec:
@@ -491,6 +518,7 @@ class _Reader:
             address=wire.address,
             interface=str(wire.interface or DEFAULT_INTERFACE),
             gateway=wire.gateway or self.by_name[str(wire.network)].gateway,
+            names=tuple(str(name) for name in wire.names),
         )
 
 

@@ -22,7 +22,7 @@ class ClusterConfig:
     service_cidr: IPv4Network = DEFAULT_SERVICE_CIDR
     node_port_range: tuple[int, int] = DEFAULT_NODE_PORT_RANGE  # first and last port, both included
     domain: str = DEFAULT_DOMAIN
-    dns: IPv4Address = DEFAULT_SERVICE_CIDR[DNS_OFFSET]
+    dns: IPv4Address | None = DEFAULT_SERVICE_CIDR[DNS_OFFSET]  # None: the cluster has no DNS
     #: How long a node may be silent before it is NotReady; None: its silence is not noticed (there is no kubelet).
     #: Also the duration of its Lease, which its kubelet renews four times as often.
     node_monitor_grace_s: float | None = None

@@ -208,6 +208,23 @@ class ExpectStep(StepBase):
         return self.answered_by is not None and self.answered_by.spread is not None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveStep(StepBase):
+    """Ask DNS for a name from ``where``, through its resolv.conf, and say what comes back.
+
+    ``answers`` are the values of the records of ``record_type``, in any order: text as `dig` prints it without the final
+    dot (SRV also short, as PORT TARGET), or pods, each of which stands for its address. () is a name without such records.
+    """
+
+    where: Place
+    name: str  # a name, or an address to be reversed (PTR)
+    record_type: str = "A"
+    server: IPv4Address | None = None  # instead of those of resolv.conf
+    answers: tuple[str | Selector, ...] | None = None  # None: any, but at least one
+    rcode: str = "NOERROR"
+    within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
+
+
 class FaultAction(Enum):
     """What to break, or mend."""
 
@@ -229,7 +246,7 @@ class FaultStep(StepBase):
     node: str = ""
 
 
-Step = ApplyStep | DeleteStep | ScaleStep | ExecStep | KubectlStep | WaitStep | ExpectStep | FaultStep
+Step = ApplyStep | DeleteStep | ScaleStep | ExecStep | KubectlStep | WaitStep | ExpectStep | ResolveStep | FaultStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,13 +49,14 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSpec:
-    """A machine outside the cluster; ``gateway`` is its default route."""
+    """A machine outside the cluster; ``gateway`` is its default route, ``names`` are what outside DNS calls it besides."""
 
     name: str
     network: str
     address: IPv4Address
     interface: str = DEFAULT_INTERFACE
     gateway: IPv4Address
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,7 @@ class Topology:
     hosts: tuple[HostSpec, ...] = ()
     links: tuple[LinkSpec, ...] = ()
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    outside_dns: str = ""  # the outside host that serves the hosts' names; '': nobody does
     kube_proxy: Mapping[str, Any] = field(default_factory=dict)  # KubeProxyConfiguration fields, as written
 
     @property
@@ -89,6 +91,13 @@ class Topology:
     def machines(self) -> tuple[NodeSpec | HostSpec, ...]:
         """Nodes, then outside hosts, in file order."""
         return (*self.nodes, *self.hosts)
+
+    @property
+    def resolv_conf(self) -> str:
+        """Return /etc/resolv.conf of every machine, which pods with dnsPolicy Default have as well."""
+        if not self.outside_dns:
+            return "# this network has no DNS server\n"
+        return f"nameserver {self.machine(self.outside_dns).address}\n"
 
     def network(self, name: str) -> Network:
         """Return a network by name; KeyError when there is none."""

@@ -1,6 +1,7 @@
 """Real requests, sent from inside a place's namespaces, and what came back. No judgement."""
 
+from testbed.probes.dns import Resolution, dig_argv, read_dig
 from testbed.probes.observation import Observation, Outcome
 from testbed.probes.requests import ask
 
-__all__ = ["Observation", "Outcome", "ask"]
+__all__ = ["Observation", "Outcome", "Resolution", "ask", "dig_argv", "read_dig"]

@@ -32,6 +32,10 @@ def run_builtin(name: str, args: Mapping[str, Any]) -> int:
             from testbed.programs import webhook_certgen
 
             return webhook_certgen.main(args["argv"][1:])
+        case "coredns":
+            from testbed.programs import dns
+
+            return dns.main(args["argv"], str(args["address"]))
     raise AssertionError(f"there is no program {name!r}")
 
 

@@ -204,6 +204,10 @@ def _argv_args(_reference: str, argv: Sequence[str], _pod: PodInfo) -> Mapping[s
     return {"argv": list(argv)}
 
 
+def _coredns_args(_reference: str, argv: Sequence[str], pod: PodInfo) -> Mapping[str, object]:
+    return {"argv": list(argv), "address": pod.address}
+
+
 def _echo(name: str, *ports: tuple[str, int]) -> Image:
     return Image(
         name=name,
@@ -251,6 +255,16 @@ _IMAGES: tuple[tuple[Image, tuple[str, ...]], ...] = (
             builtin="kube-webhook-certgen",
             builtin_args=_argv_args,
             uid=65532,  # distroless' nonroot
+        ),
+        (),
+    ),
+    (
+        Image(
+            name="coredns",
+            entrypoint=("/coredns",),
+            program="coredns",
+            builtin="coredns",
+            builtin_args=_coredns_args,
         ),
         (),
     ),

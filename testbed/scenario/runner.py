@@ -27,14 +27,16 @@ from testbed.model.scenario import (
     FaultStep,
     KubectlStep,
     Place,
+    ResolveStep,
     ScaleStep,
     Scenario,
     Selector,
     Step,
     WaitStep,
 )
-from testbed.probes import Observation, ask
+from testbed.probes import Observation, ask, dig_argv, read_dig
 from testbed.scenario.judge import is_connection_only, judge
+from testbed.scenario.judge_dns import judge_resolution
 from testbed.scenario.lab import LabLike
 from testbed.scenario.objects import (
     SERVICE_LABEL,
@@ -186,6 +188,8 @@ class _Runner:
                 return self._wait(step)
             case ExpectStep():
                 return self._expect(step)
+            case ResolveStep():
+                return self._resolve(step)
             case FaultStep():
                 return self._fault(step)
 
@@ -299,6 +303,20 @@ class _Runner:
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
+    def _resolve(self, step: ResolveStep) -> Attempt:
+        where = self._place(step.where)
+        server = step.server
+        if server is None and isinstance(step.where, str):
+            server = self._lab.topology.cluster.dns  # a machine's own resolv.conf does not know the cluster
+        selectors = [answer for answer in step.answers or () if not isinstance(answer, str)]
+        pods = [pod for selector in selectors for pod in self._pods(selector) if is_ready(pod)]
+        argv = dig_argv(step.name, step.record_type, server)
+        resolution = read_dig(self._lab.run(where, argv, timeout_s=_PROGRAM_TIMEOUT_S))
+        verdict = judge_resolution(step, resolution, [pod["status"]["podIP"] for pod in pods])
+        return Attempt(
+            passed=verdict.passed, wanted=verdict.wanted, seen=verdict.seen, where=f"`{shlex.join(argv)}` in {where}"
+        )
+
     def _fault(self, step: FaultStep) -> Attempt:
         if step.action in (FaultAction.NODE_DOWN, FaultAction.NODE_UP):
             self._lab.set_power(step.node, step.action is FaultAction.NODE_UP)
@@ -342,7 +360,7 @@ def _within_s(step: Step) -> float:
     """Return for how long a step is tried again; 0: once."""
     if isinstance(step, ExpectStep):
         return 0.0 if step.is_statistical else step.within_s
-    if isinstance(step, WaitStep | ExecStep | KubectlStep):
+    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep):
         return step.within_s
     if isinstance(step, ScaleStep):
         return step.within_s or 0.0

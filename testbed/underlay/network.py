@@ -141,7 +141,7 @@ class LabNetwork(Mininet):
     def _etc_files(self, spec: NodeSpec | HostSpec) -> dict[str, str]:
         lines = ["127.0.0.1\tlocalhost"]
         lines += [f"{other.address}\t{other.name}" for other in self.topology.machines]
-        return {"hosts": "\n".join(lines) + "\n", "resolv.conf": "# this network has no DNS server\n"}
+        return {"hosts": "\n".join(lines) + "\n", "resolv.conf": self.topology.resolv_conf}
 
     def _shape(self, link: LinkSpec) -> None:
         host, switch = self[link.between[0]], self[link.between[1]]

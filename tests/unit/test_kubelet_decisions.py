@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
@@ -22,7 +23,7 @@ from testbed.kubelet.restarts import next_back_off_s, should_restart
 from testbed.kubelet.runtime import Mount, Volume
 from testbed.kubelet.specs import RefusedContainer, container_start, not_honoured
 from testbed.kubelet.status import ContainerView, pod_status, running, terminated, waiting
-from testbed.kubelet.texts import hostname_of, hosts_file, resolv_conf
+from testbed.kubelet.texts import dns_config_warnings, hostname_of, hosts_file, resolv_conf
 from testbed.kubelet.volumes import UnsupportedVolume, live_sources, mounts_of, volumes_of
 from testbed.model.cluster import ClusterConfig
 from testbed.model.objects import Object
@@ -336,6 +337,39 @@ def test_search_limits() -> None:
         found = text.split("search ")[1].splitlines()[0]
         assert len(found) <= 2048
         assert 0 < len(found.split()) <= limit
+
+
+def test_a_cluster_without_dns() -> None:
+    """Pods that ask for cluster DNS get the node's resolv.conf, and an event says so; others are as ever."""
+    cluster = replace(CLUSTER, dns=None)
+    for policy in ("ClusterFirst", "ClusterFirstWithHostNet"):
+        assert resolv_conf(pod(dnsPolicy=policy), cluster, NODE_RESOLV) == NODE_RESOLV
+        assert dns_config_warnings(pod(dnsPolicy=policy), cluster, NODE_RESOLV) == [
+            (
+                "MissingClusterDNS",
+                f'kubelet does not have ClusterDNS IP configured and cannot create Pod using "{policy}" policy. '
+                'Falling back to "Default" policy.',
+            )
+        ]
+    for spec in ({"hostNetwork": True}, {"dnsPolicy": "Default"}):
+        assert dns_config_warnings(pod(**spec), cluster, NODE_RESOLV) == []
+
+
+def test_limits_are_said() -> None:
+    """What does not fit into a resolv.conf is left out, and the kubelet says what is applied."""
+    config = {"nameservers": ["1.1.1.1", "1.1.1.2", "1.1.1.3"], "searches": [f"s{n}.b" for n in range(30)]}
+    (servers, searches) = dns_config_warnings(pod(dnsConfig=config), CLUSTER, NODE_RESOLV)
+    applied = f"{CLUSTER.dns} 1.1.1.1 1.1.1.2"
+    assert servers == (
+        "DNSConfigForming",
+        "Nameserver limits were exceeded, some nameservers have been omitted, "
+        f"the applied nameserver line is: {applied}",
+    )
+    assert searches[1].startswith(
+        "Search Line limits were exceeded, some search paths have been omitted, the applied search line is: dev.svc."
+    )
+    assert searches[1].endswith(" s27.b")
+    assert dns_config_warnings(pod(), CLUSTER, NODE_RESOLV) == []
 
 
 def test_hosts_file() -> None:

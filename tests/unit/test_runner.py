@@ -681,3 +681,25 @@ def test_links(bench: Bench) -> None:
     """Down and up again."""
     assert bench.run("fault: {link: node2, down: true}", "fault: {link: client, down: false}").passed
     assert bench.lab.links == [("node2", False), ("client", True)]
+
+
+def test_names_are_asked_for_where_the_step_says(bench: Bench) -> None:
+    """Pods ask as their resolv.conf says; machines, which have none for the cluster, ask cluster DNS. Pods stand for addresses."""
+    bench.prepare()
+    addresses = {
+        str(pod["status"]["podIP"]) for pod in bench.world.pods("dev") if pod["metadata"]["labels"]["app"] == "web"
+    }
+    answer = "".join(f"web-pods.dev.svc.cluster.local. 30 IN A {address}\n" for address in sorted(addresses))
+    bench.lab.programs = lambda _run: Completed(0, f";; status: NOERROR\n{answer}".encode(), b"")
+    result = bench.run(
+        "apply: [web.yaml, admin.yaml]",
+        "expect: {from: dev/web, resolve: web-pods, answers: dev/app=web}",
+        "expect: {from: client, resolve: web-pods.dev.svc.cluster.local, answers: dev/app=web}",
+        "expect: {from: client, resolve: x, server: 192.168.93.53, answers: 10.9.9.9, within: 1s}",
+    )
+    assert [step.status for step in result.steps] == [Status.PASSED, Status.PASSED, Status.PASSED, Status.FAILED]
+    assert [argv[1] for _, argv in bench.lab.ran][:3] == ["+search", "@10.96.0.10", "@192.168.93.53"]
+    assert bench.lab.ran[0][0] == bench.pods()[0]
+    assert result.steps[-1].wanted == "NOERROR: 10.9.9.9 (within 1 s)"
+    assert result.steps[-1].seen == f"NOERROR: {', '.join(sorted(addresses))}"
+    assert "dig @192.168.93.53 +search" in result.steps[-1].where

@@ -25,6 +25,7 @@ from testbed.model.scenario import (
     KubectlStep,
     ObjectRef,
     Request,
+    ResolveStep,
     ScaleStep,
     Scenario,
     Scheme,
@@ -167,6 +168,58 @@ def test_expectations(tmp_path: Path) -> None:
     assert fifth.sees_client == IPv4Address("192.168.93.100")
 
 
+def test_expectations_about_names(tmp_path: Path) -> None:
+    """What is asked, of whom, and what is to come back; an address asks for its name."""
+    scenario = load(
+        tmp_path,
+        "expect: {from: dev/shell, resolve: web, answers: 10.96.0.7}",
+        "expect: {from: node1, resolve: _http._tcp.web.dev.svc.cluster.local., type: SRV, server: 10.96.0.10, within: 0s}",
+        "expect: {from: dev/shell, resolve: 10.96.0.7, answers: [web.dev.svc.cluster.local]}",
+        "expect: {from: dev/shell, resolve: db, answers: [dev/app=web, 10.0.0.1]}",
+        "expect: {from: dev/shell, resolve: web, type: AAAA, answers: []}",
+        "expect: {from: dev/shell, resolve: no.dev.svc.cluster.local, rcode: NXDOMAIN}",
+    )
+    about = {"file": str(tmp_path / "scenario.yaml")}
+    shell = Selector("dev", "shell")
+    assert scenario.steps[1:] == (
+        ResolveStep(**about, line=9, title="dev/shell → dns A web: 10.96.0.7", where=shell, name="web", answers=("10.96.0.7",)),
+        ResolveStep(**about, line=10, title="node1 → dns SRV _http._tcp.web.dev.svc.cluster.local.: answers", where="node1",
+                    name="_http._tcp.web.dev.svc.cluster.local.", record_type="SRV", server=IPv4Address("10.96.0.10"), within_s=0.0),
+        ResolveStep(**about, line=11, title="dev/shell → dns PTR 10.96.0.7: web.dev.svc.cluster.local", where=shell,
+                    name="10.96.0.7", record_type="PTR", answers=("web.dev.svc.cluster.local",)),
+        ResolveStep(**about, line=12, title="dev/shell → dns A db: dev/app=web, 10.0.0.1", where=shell, name="db",
+                    answers=(Selector("dev", labels=(("app", "web"),)), "10.0.0.1")),
+        ResolveStep(**about, line=13, title="dev/shell → dns AAAA web: no AAAA record", where=shell, name="web",
+                    record_type="AAAA", answers=()),
+        ResolveStep(**about, line=14, title="dev/shell → dns A no.dev.svc.cluster.local: NXDOMAIN", where=shell,
+                    name="no.dev.svc.cluster.local", rcode="NXDOMAIN"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ("expect: {from: node1, resolve: a b}", "expect.resolve: 'a b' is not a name that can be asked for: labels of 1 to 63 characters"),
+        (f"expect: {{from: node1, resolve: {'a' * 64}.b}}", f"expect.resolve: '{'a' * 64}.b' is not a name that can be asked for: labels of 1 to 63 characters"),
+        ("expect: {from: node1, resolve: 1.2.3}", "expect.resolve: '1.2.3' is not an IPv4 address"),
+        ("expect: {from: node1, resolve: 1.2.3.4, type: A}", "expect.type: 1.2.3.4 is an address: it has PTR records"),
+        ("expect: {from: node1, resolve: a, type: B}", "expect.type: 'B' is not one of A, AAAA, CNAME, MX, NS, PTR, SOA, SRV, TXT"),
+        ("expect: {from: node1, resolve: a, times: 3}", "expect.times: goes with get, tcp and udp only, not with resolve"),
+        ("expect: {from: node1, resolve: a, timeout: true}", "expect.timeout: goes with get, tcp and udp only, not with resolve"),
+        ("expect: {from: node1, tcp: 'a:1', answers: x}", "expect.answers: goes with resolve only, not with tcp"),
+        ("expect: {from: node1, tcp: 'a:1', rcode: NXDOMAIN}", "expect.rcode: goes with resolve only, not with tcp"),
+        ("expect: {from: node1, resolve: a, rcode: NXDOMAIN, answers: x}", "expect.answers: an answer with NXDOMAIN has none"),
+        ("expect: {from: node1, resolve: a, type: SRV, answers: dev/web}", "expect.answers: 'dev/web': pods stand for their addresses, which are A records"),
+        ("expect: {from: node1, resolve: a, answers: dev/nothing}", "expect.answers: no manifest of the scenario makes the pod 'dev/nothing' (pods come from: dev/web, dev/shell)"),
+        ("expect: {from: node1, resolve: a, tcp: 'a:1'}", "expect: wants exactly one of get, tcp, udp, resolve; got tcp and resolve"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_about_names(tmp_path: Path, step: str, problem: str) -> None:
+    """Each mistake at its step, in these words."""
+    write(tmp_path, step)
+    assert problems_of(tmp_path) == [f"scenario.yaml:{FIRST_LINE}: spec.steps[1].{problem}"]
+
+
 def test_without_modes_the_topology_decides(tmp_path: Path) -> None:
     """A scenario that names no proxy mode runs in the one of its topology."""
     write(tmp_path, header=HEADER.replace("  proxyModes: [iptables, ipvs]\n", "").replace("three-nodes", "tutorial"))
@@ -217,7 +270,7 @@ EXPECT = 'get: "http://1.2.3.4/"'
         ("wait: {node: node9, for: ready}", 'wait.node: the topology has no node \'node9\' (did you mean "node3"?)'),
         ("wait: {service: dev/wep, for: endpoints}",
          'wait.service: no manifest of the scenario makes the Service \'dev/wep\' (did you mean "dev/web"?)'),
-        ("expect: {from: client}", "expect: wants exactly one of get, tcp, udp; got none"),
+        ("expect: {from: client}", "expect: wants exactly one of get, tcp, udp, resolve; got none"),
         ("expect: {from: client, get: 'ftp://x/'}", "expect.get: 'ftp://x/' is not an http or https URL"),
         ("expect: {from: client, get: 'http://1.2.3.400/'}", "expect.get: '1.2.3.400' is not an IPv4 address"),
         ("expect: {from: client, get: 'http://a$(b)/'}", "expect.get: 'a$(b):80': 'a$(b)' is not an address or a host name"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from testbed.dataplane.outside_dns import render_outside_dnsmasq, render_outside_hosts
 from testbed.errors import ManifestError
 from testbed.manifests import find_topology, load_topology, topology_schema
 from testbed.manifests.source import parse_documents
@@ -271,6 +272,59 @@ NAME_RULE = "is not a valid name: lower case letters, digits, '-' and '.', with 
 def test_what_is_refused(tmp_path: Path, old: str, new: str, expected: list[str]) -> None:
     """Each mistake is reported at its line, in these words, and causes no other report."""
     assert problems_of(tmp_path, changed(old, new)) == expected
+
+
+OUTSIDE = [
+    ("address: 172.20.0.100}", "address: 172.20.0.100, names: [www.example.com, a.b.c]}"),
+    ("  kubeProxy:", "  outsideDNS: client\n  kubeProxy:"),
+]
+
+
+def with_outside_dns(*changes: tuple[str, str]) -> str:
+    text = GOOD
+    for old, new in [*OUTSIDE, *changes]:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def test_a_dns_server_outside(tmp_path: Path) -> None:
+    """The host that serves names, the names of hosts, and every machine's resolv.conf."""
+    path = tmp_path / "t.yaml"
+    path.write_text(with_outside_dns())
+    topology = load_topology(path)
+    assert topology.outside_dns == "client"
+    assert topology.machine("client").names == ("www.example.com", "a.b.c")  # type: ignore[union-attr]
+    assert topology.resolv_conf == "nameserver 172.20.0.100\n"
+    hosts = render_outside_hosts(topology).splitlines()
+    assert hosts[-1] == "172.20.0.100 www.example.com a.b.c client"
+    assert hosts[0] == "192.168.93.11 node1"
+    assert "listen-address=172.20.0.100" in render_outside_dnsmasq(topology, "/h").splitlines()
+    path.write_text(GOOD)
+    assert load_topology(path).resolv_conf == "# this network has no DNS server\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([("outsideDNS: client", "outsideDNS: node1")], ["t.yaml:15: spec.outsideDNS: no outside host is called 'node1' (there is: client)"]),
+        ([("outsideDNS: client", "outsideDNS: clint")], ["t.yaml:15: spec.outsideDNS: no outside host is called 'clint' (did you mean \"client\"?)"]),
+        ([("  outsideDNS: client\n", "")], ["t.yaml:12: spec.hosts[0].names: nobody serves them: set spec.outsideDNS to one of the hosts"]),
+        ([("a.b.c]", "x.a.b]")], ["t.yaml:12: spec.hosts[0].names[1]: 'x.a.b' is in the cluster's own domain (a.b)"]),
+        ([("a.b.c]", "a_b.c]")], [f"t.yaml:12: spec.hosts[0].names[1]: 'a_b.c' {NAME_RULE}"]),
+        ([("dns: 10.96.0.10", "dns: nothing")], ["t.yaml:14: spec.cluster.dns: 'nothing' is not an IPv4 address"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_names_outside(tmp_path: Path, changes: list[tuple[str, str]], expected: list[str]) -> None:
+    """Each mistake at its line."""
+    assert problems_of(tmp_path, with_outside_dns(*changes)) == expected
+
+
+def test_a_cluster_without_dns(tmp_path: Path) -> None:
+    """`none` is no address."""
+    path = tmp_path / "t.yaml"
+    path.write_text(GOOD.replace("dns: 10.96.0.10", "dns: none"))
+    assert load_topology(path).cluster.dns is None
 
 
 def test_all_problems_come_at_once() -> None:

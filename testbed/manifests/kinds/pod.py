@@ -25,6 +25,8 @@ from testbed.manifests.kinds.service import PROTOCOLS, validate_port_reference
 from testbed.model.objects import Object
 
 RESTART_POLICIES = ("Always", "Never", "OnFailure")
+MAX_SEARCHES = 32  # these two are glibc's limits, which validation.go enforces
+MAX_SEARCH_CHARACTERS = 2048
 DNS_POLICIES = ("ClusterFirst", "ClusterFirstWithHostNet", "Default", "None")
 PULL_POLICIES = ("Always", "IfNotPresent", "Never")
 TAINT_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
@@ -227,7 +229,16 @@ def _validate_dns(spec: Object, path: str, causes: Causes) -> None:
         causes.invalid(f"{path}.dnsConfig.nameservers", servers, "must not have more than 3 nameservers")
     for index, server in enumerate(servers):
         causes.invalid_each(f"{path}.dnsConfig.nameservers[{index}]", server, address_problems(server))
-    for index, search in enumerate(config.get("searches") or []):
+    searches = config.get("searches") or []
+    if len(searches) > MAX_SEARCHES:
+        causes.invalid(f"{path}.dnsConfig.searches", searches, f"must not have more than {MAX_SEARCHES} search paths")
+    if len(" ".join(searches)) > MAX_SEARCH_CHARACTERS:
+        causes.invalid(
+            f"{path}.dnsConfig.searches",
+            searches,
+            f"must not have more than {MAX_SEARCH_CHARACTERS} characters (including spaces) in the search list",
+        )
+    for index, search in enumerate(searches):
         name = search.removesuffix(".")
         causes.invalid_each(
             f"{path}.dnsConfig.searches[{index}]", search, dns1123_subdomain_problems(name) if name else []
