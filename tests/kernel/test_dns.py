@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from dnslib import DNSRecord
 
 from testbed.errors import ApiError
 from testbed.lab.handle import Lab
+from testbed.lab.kubectl import find_kubectl
 from testbed.lab.start import start_lab
 from testbed.manifests.topology import load_topology
 
@@ -459,9 +461,9 @@ def write_corefile(lab: Lab, text: str) -> None:
 
 def logs(lab: Lab) -> list[str]:
     """Return what each DNS pod has printed."""
-    private = lab.folder / "private" / "pods"
-    paths = [f"{private}/{found['metadata']['uid']}/coredns.log" for found in dns_pods(lab)]
-    return [lab.run("node1", ["cat", path], timeout_s=5).stdout.decode() for path in paths]
+    kubectl = [find_kubectl(), f"--kubeconfig={lab.kubeconfig}", "logs", "-n", "kube-system"]
+    names = [found["metadata"]["name"] for found in dns_pods(lab)]
+    return [subprocess.run([*kubectl, name], capture_output=True, text=True, check=True).stdout for name in names]
 
 
 @contextlib.contextmanager
