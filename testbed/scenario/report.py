@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,14 @@ def _one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a table: columns padded to their widest cell, three spaces between them."""
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Return rows as a table: columns padded to their widest cell, those in ``right`` on the left, three spaces between."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = []
+    for row in rows:
+        sized = enumerate(zip(row, widths, strict=True))
+        cells = (cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in sized)
+        lines.append("   ".join(cells).rstrip())
     return "\n".join(lines)
 
 
