@@ -10,7 +10,7 @@ from msgspec import Meta, field
 
 from testbed.errors import InputError
 
-FORMAT = "testbed/v1"
+FORMAT: Literal["testbed/v1"] = "testbed/v1"
 KIND = "BenchmarkResults"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
@@ -73,8 +73,9 @@ class _Points:
     values: list[float] = field(default_factory=list)
 
 
-def summarise(samples: Iterable[Sample], seed: int) -> list[Series]:
+def summarise(samples: Iterable[Sample], seed: int, *, with_intervals: bool = True) -> list[Series]:
     """Return a series for each machine, mode, case, number of Services and metric, in the order of the samples."""
+    interval = _interval_of if with_intervals else _no_interval
     points: dict[tuple[str, str, Case, int, str], _Points] = defaultdict(_Points)
     for sample in samples:
         for name, value in sample.values.items():
@@ -94,14 +95,16 @@ def summarise(samples: Iterable[Sample], seed: int) -> list[Series]:
                 main=metric.main and (case.workload, name) not in _NOT_MAIN_OF,
                 rounds=found.rounds, samples=found.values, median=median(found.values),
                 q1=quantile(found.values, 0.25), q3=quantile(found.values, 0.75),
-                interval=_interval(interval_of_median(found.values, label)),
-                ratio=_ratio(found, base, case, label) if base and metric.has_ratio else None,
+                interval=interval(found.values, label),
+                ratio=_ratio(found, base, case, label, interval) if base and metric.has_ratio else None,
             )
         )  # fmt: skip
     return made
 
 
-def _ratio(found: _Points, base: _Points, case: Case, label: str) -> Ratio | None:
+def _ratio(
+    found: _Points, base: _Points, case: Case, label: str, interval: Callable[[Sequence[float], str], Interval | None]
+) -> Ratio | None:
     """Divide round by round: what the machine does to both at that time cancels out."""
     if case.path.is_baseline:
         return None
@@ -111,12 +114,16 @@ def _ratio(found: _Points, base: _Points, case: Case, label: str) -> Ratio | Non
     ]
     if not pairs:
         return None
-    interval = _interval(interval_of_median(pairs, f"{label}/ratio"))
-    return Ratio(path=case.path.baseline.value, median=median(pairs), interval=interval)
+    return Ratio(path=case.path.baseline.value, median=median(pairs), interval=interval(pairs, f"{label}/ratio"))
 
 
-def _interval(found: Range | None) -> Interval | None:
+def _interval_of(values: Sequence[float], seed: str) -> Interval | None:
+    found = interval_of_median(values, seed)
     return Interval(low=found.low, high=found.high) if found else None
+
+
+def _no_interval(_values: Sequence[float], _seed: str) -> None:
+    return None
 
 
 def overlap(a: Interval | None, b: Interval | None) -> bool:

@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 
 from testbed.errors import InputError, LabError, ManifestError, MissingFeature, Problem, TestbedError
-from testbed.lab.folder import list_records
+from testbed.lab.folder import free_name
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import load_scenario
 from testbed.model.scenario import Scenario, Step
 from testbed.scenario.modes import check_mode, why_not
-from testbed.scenario.report import TextReport, json_report, junit_report, write_reports
+from testbed.scenario.report import TextReport, check_writable, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 
 
@@ -34,7 +34,7 @@ def run_scenarios(
     check_machine()
     backend = choose_iptables_backend(iptables_backend)
     if report_folder is not None:
-        _check_writable(report_folder)
+        check_writable(report_folder)
     planned = [(scenario, mode) for scenario in scenarios for mode in (modes or scenario.proxy_modes)]
     skipped = [(scenario.name, mode, why_not(mode)) for scenario, mode in planned if why_not(mode)]
     planned = [(scenario, mode) for scenario, mode in planned if not why_not(mode)]
@@ -92,16 +92,6 @@ def _load_all(paths: Sequence[Path]) -> list[Scenario]:
     return scenarios
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".testbed"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write reports into {str(folder)!r}: {error.strerror}") from error
-
-
 class _Narrator:
     """Says how far a run is, on standard output, or beside a document on standard error."""
 
@@ -126,7 +116,7 @@ def _run_one(
     scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool
 ) -> tuple[ScenarioResult, str, str]:  # fmt: skip
     """Return the result, the lab's name, and, when the lab ended before the scenario did, what is known of that."""
-    name = _free_name(scenario.name)
+    name = free_name(scenario.name)
     with start_lab(scenario.topology, name=name, proxy_mode=mode, iptables_backend=backend, attached=True) as lab:
         narrator.say(narrator.report.heading(scenario.name, mode, name))
         result = run_scenario(scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end)
@@ -135,15 +125,3 @@ def _run_one(
             lab.detach()
             narrator.say(f"lab {name} is kept: `testbed exec -l {name} …`, `testbed down {name}`")
     return result, name, ended
-
-
-def _free_name(wanted: str) -> str:
-    """Return a lab name that is not taken: the scenario's, or that with a number."""
-    taken = {record.name for record in list_records()}
-    base = wanted[:28].rstrip("-.").replace(".", "-")
-    number = 1
-    name = base
-    while name in taken:
-        number += 1
-        name = f"{base}-{number}"
-    return name

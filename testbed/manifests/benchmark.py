@@ -237,9 +237,9 @@ class _Reader:
             return []
         if wire.throughput is not None:
             return self._throughput(wire.throughput)
-        if (found := wire.connections) is not None:
-            kept = (True, False) if found.keep_alive is None else (found.keep_alive,)
-            return connections_cases(_paths(found.paths), _positions(found.positions, (Position.LAST,)), kept)
+        if (asked := wire.connections) is not None:
+            kept = (True, False) if asked.keep_alive is None else (asked.keep_alive,)
+            return connections_cases(_paths(asked.paths), _positions(asked.positions, (Position.LAST,)), kept)
         if wire.latency is not None:
             return latency_cases(_paths(wire.latency.paths), _positions(wire.latency.positions, tuple(Position)))
         return sync_cases() if wire.sync is not None else []

@@ -195,6 +195,8 @@ def misfits(
                 f"{topology.name!r}: it has room for {max(room, 0)}",
             )
         )
+    if 0 in services and any(case.workload is Workload.SYNC for case in cases):
+        found.append(("services", "0: without a Service there is no change to sync; give 1 or more"))
     if len(topology.nodes) < 2:
         found.append(("topology", f"{topology.name!r} has one node; the server must be on another one than the client"))
     outside = next((case.path.value for case in cases if case.path.is_from_outside), "")

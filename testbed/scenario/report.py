@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from testbed.errors import InputError
 from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -171,6 +172,21 @@ def junit_report(results: Sequence[tuple[ScenarioResult, str]], skipped: Sequenc
 
 def _xml(text: str) -> str:
     return _XML_FORBIDDEN.sub("�", text)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder for reports, before anything is run for them.
+
+    Raises:
+        InputError: it cannot be made, or not be written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".testbed"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write reports into {str(folder)!r}: {error.strerror}") from error
 
 
 def write_reports(
