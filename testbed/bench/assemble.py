@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from testbed.bench.report import csv_text
+from testbed.bench.report import csv_text, order_of
 from testbed.bench.results import FORMAT, Results, Settings, Skipped, results_json
 from testbed.bench.session import Session
 from testbed.bench.summary import find_noise, fit_slopes, judge_modes, summarise
@@ -61,13 +61,15 @@ def join(first: Results, second: Results) -> Results:
 
 
 def judged(results: Results) -> Results:
-    """Return results with everything that follows from their series: modes side by side, slopes, warnings."""
+    """Return results in the order of tables, with what follows from them: modes side by side, slopes, warnings."""
     seed = results.settings.seed
+    series = sorted(results.series, key=order_of)
     return msgspec.structs.replace(
         results,
-        verdicts=judge_modes(results.series),
-        slopes=fit_slopes(results.series, seed),
-        warnings=find_noise(results.series, results.machines, seed),
+        series=series,
+        verdicts=judge_modes(series),
+        slopes=fit_slopes(series, seed),
+        warnings=find_noise(series, results.machines, seed),
     )
 
 

@@ -51,14 +51,13 @@ HEADER = ("CASE", "PATH", "SERVICES", "METRIC", "MODE", "MEDIAN", "Q1 – Q3", "
 
 def series_rows(series: Iterable[Series]) -> list[tuple[str, ...]]:
     """Return a row of `HEADER` for each series, those of one figure together."""
-    ordered = sorted(series, key=order_of)
     return [
         (
             one.case, path_text(one), str(one.services), f"{one.metric} {one.unit}", mode_text(one.mode, one.machine),
             number(one.median), f"{number(one.q1)} – {number(one.q3)}", ratio_text(one.ratio),
             ratio_interval_text(one.ratio), str(len(one.samples)),
         )
-        for one in ordered
+        for one in series
     ]  # fmt: skip
 
 

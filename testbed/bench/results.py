@@ -191,6 +191,4 @@ def read_results(path: Path) -> Results:
     except OSError as error:
         raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from error
     except msgspec.DecodeError as error:
-        raise InputError(
-            f"{str(file)!r} does not hold results of a benchmark: {str(error)[:1].lower()}{str(error)[1:]}"
-        ) from error
+        raise InputError(f"{str(file)!r} does not hold results of a benchmark: {error}") from error
