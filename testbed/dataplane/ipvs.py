@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple, TypeVar
 
@@ -62,6 +62,9 @@ class Server(NamedTuple):
     balancing: Balancing
     real: Mapping[str, int]
 
+
+RealServer = tuple[VirtualServer, str]
+"""A virtual server and the ``address:port`` of one of its real servers."""
 
 Member = tuple[str, str]
 """A set and one of its members, as ``ipset save`` prints it."""
@@ -263,12 +266,15 @@ class Change:
     bind: tuple[str, ...] = ()
     add_servers: tuple[tuple[VirtualServer, Balancing], ...] = ()
     set_servers: tuple[tuple[VirtualServer, Balancing], ...] = ()
-    add_real: tuple[tuple[VirtualServer, str], ...] = ()
+    #: Are still there with weight 0, waiting for their connections to end; taken away and added anew.
+    renew_real: tuple[RealServer, ...] = ()
+    add_real: tuple[RealServer, ...] = ()
     #: Are there with another weight than they are to have.
     set_real: tuple[tuple[VirtualServer, str, int], ...] = ()
+    #: Are not wanted any more. How they go, at once or when their connections have ended, is `retire`'s decision.
+    retire_real: tuple[RealServer, ...] = ()
+    delete_real: tuple[RealServer, ...] = ()
     add_members: tuple[Member, ...] = ()
-    #: Of TCP servers they go once their connections have ended.
-    retire_real: tuple[tuple[VirtualServer, str], ...] = ()
     delete_servers: tuple[VirtualServer, ...] = ()
     delete_members: tuple[Member, ...] = ()
     unbind: tuple[str, ...] = ()
@@ -303,7 +309,7 @@ def plan(
         if old.balancing != server.balancing:
             set_servers.append((key, server.balancing))
         for real, weight in server.real.items():
-            if real not in old.real:
+            if real not in old.real or (key, real) in retiring:
                 add_real.append((key, real))
             elif old.real[real] != weight:
                 set_real.append((key, real, weight))
@@ -321,6 +327,51 @@ def plan(
         delete_members=tuple(sorted(there.members - wanted.members)),
         unbind=tuple(sorted(there.addresses - wanted.addresses)),
     )
+
+
+def retire(change: Change, connections: Mapping[RealServer, int], retiring: Collection[RealServer]) -> Change:
+    """Return a change that says how its real servers go, and how those come back that have not gone yet.
+
+    A TCP server with connections gets weight 0: no new ones are sent to it, and it is deleted when they have ended. Others
+    are deleted at once; what is left of a UDP flow goes with its next packet (expire_nodest_conn).
+
+    Args:
+        change: What to do.
+        connections: Of each TCP server that is to go, if it is there.
+        retiring: Those that are going already.
+
+    Source: kubernetes pkg/proxy/ipvs/graceful_termination.go (v1.30).
+    """
+    waiting = [one for one in change.retire_real if one[0].protocol == "tcp" and connections.get(one)]
+    back = {one for one in change.add_real if one in retiring}
+    return replace(
+        change,
+        renew_real=tuple(one for one in change.add_real if one in back),
+        add_real=tuple(one for one in change.add_real if one not in back),
+        set_real=(
+            *(one for one in change.set_real if one[:2] not in retiring),
+            *((key, real, 0) for key, real in waiting),
+        ),
+        retire_real=(),
+        delete_real=(*change.delete_real, *(one for one in change.retire_real if one not in waiting)),
+    )
+
+
+def describe(change: Change) -> str:
+    """Return in a few words what a node lacks or has too much of, or ''."""
+    found = [
+        *(f"the address {address} is gone from {ipvs_rules.DEVICE}" for address in change.bind),
+        *(f"the virtual server {key} is gone" for key, _ in change.add_servers),
+        *(f"the virtual server {key} has another scheduler or persistence" for key, _ in change.set_servers),
+        *(f"the real server {real} of {key} is gone" for key, real in change.add_real),
+        *(f"the real server {real} of {key} has another weight" for key, real, _ in change.set_real),
+        *(f"{entry} is gone from the set {name}" for name, entry in change.add_members),
+        *(f"there is a real server {real} of {key}" for key, real in change.retire_real),
+        *(f"there is a virtual server {key}" for key in change.delete_servers),
+        *(f"the set {name} has {entry}" for name, entry in change.delete_members),
+        *(f"{ipvs_rules.DEVICE} has the address {address}" for address in change.unbind),
+    ]
+    return "" if not found else found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,10 +480,10 @@ class IpvsRenderer:
         out_filter = [rule for name in sorted(self._out_filter) for rule in self._out_filter[name]]
         return ipvs_rules.render_rules(self.settings.rules, used, out_filter)
 
-    def rules_key(self) -> tuple[frozenset[str], tuple[tuple[str, ...], ...]]:
+    def rules_key(self) -> object:
         """Return what the rules depend on: as long as it is equal, so are they."""
         used = frozenset(name for name, size in self._set_sizes.items() if size > 0)
-        return used, tuple(self._out_filter[name] for name in sorted(self._out_filter))
+        return self.settings.rules, used, tuple(self._out_filter[name] for name in sorted(self._out_filter))
 
     def owners_of(self, things: Iterable[object]) -> dict[object, ServicePortName]:
         """Return who wants each of these addresses, members and virtual servers."""

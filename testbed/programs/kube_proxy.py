@@ -328,6 +328,7 @@ class ProxyLoop:
         self._not_before_s = 0.0  # after a failure
         self._last_sync_s = 0.0
         self._next_check_s = 0.0
+        self._tend_s = 0.0
         self._period_s = config.sync_period_s
         self._state = ProxyState(services={}, endpoints={})
         self._pending: frozenset[Any] = frozenset()
@@ -404,6 +405,7 @@ class ProxyLoop:
             due.append(max(self._pace.wait_s(now_s), self._not_before_s - now_s, 0.0))
         if self.has_synced:
             due.append(max(0.0, self._next_check_s - now_s))
+            due.append(max(0.0, self._tend_s - now_s))
         return min(due)
 
     def step(self, now_s: float) -> None:
@@ -418,6 +420,17 @@ class ProxyLoop:
         if (self._wanted or overdue) and now_s >= self._not_before_s and self._pace.wait_s(now_s) <= 0:
             self._pace.take(now_s)
             self._sync(now_s)
+            self._tend_s = now_s
+        if self.has_synced and now_s >= self._tend_s:
+            self._tend(now_s)
+
+    def _tend(self, now_s: float) -> None:
+        """Have the proxier do what time alone makes due."""
+        try:
+            self._tend_s = now_s + min(self._proxier.tend(), FULL_SYNC_INTERVAL_S)
+        except KernelError as error:
+            self._tend_s = now_s + self._period_s
+            self._log(f"looking after the rules failed: {error}")
 
     def _check(self, now_s: float) -> None:
         """Look whether our rules are still there; if not, have all of them written again."""

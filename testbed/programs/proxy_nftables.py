@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -172,6 +173,9 @@ class NftablesProxier:
         assert self._renderer is not None
         payload = NftablesPayload(transaction.text, len(transaction), self._renderer.no_local_endpoints)
         return NftablesSyncReport(full, payload, refused)
+
+    def tend(self) -> float:
+        return math.inf  # nothing here ends by itself
 
     def find_damage(self) -> str:
         """Return in a few words what of the last sync is no longer in the kernel, or ''.
