@@ -25,8 +25,9 @@ from types import FrameType
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import wire  # noqa: E402
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_MOVE = 1, 2, 4, 8, 4096, 8192
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MNT_DETACH = 2
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _FINIT_MODULE = {"x86_64": 313, "aarch64": 273}
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _CHUNK = 16384
@@ -75,13 +76,17 @@ def set_up(plan: dict) -> None:
     mount("overlay", "/run/root", "overlay", 0, "lowerdir=/,upperdir=/run/changes,workdir=/run/work")
     for folder in ("proc", "sys", "dev", "run", "tmp", "lib/modules"):
         os.makedirs(f"/run/root/{folder}", exist_ok=True)
+    release = os.path.basename(plan["modules"])
+    # a link, not a mount: the file systems of a lab's pods are overlays over this one, and hold no mounts of it
+    os.symlink(plan["modules"], f"/run/root/lib/modules/{release}")
     for folder in plan["shares"]:
         os.makedirs(f"/run/root{folder}", exist_ok=True)
         mount("none", f"/run/root{folder}", "hostfs", 0, folder)
-    os.chdir("/run/root")
-    mount(".", "/", "", _MS_MOVE)
-    os.chroot(".")
+    # not chroot: the kernel's own threads change their root as well, and it is they who start modprobe
+    if _libc.syscall(_PIVOT_ROOT[platform.machine()], b"/run/root", b"/run/root/run") < 0:
+        raise OSError(ctypes.get_errno(), "pivot_root")
     os.chdir("/")
+    _libc.umount2(b"/run", _MNT_DETACH)
     quiet = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     mount("proc", "/proc", "proc", quiet)
     mount("sysfs", "/sys", "sysfs", quiet)
@@ -96,7 +101,6 @@ def set_up(plan: dict) -> None:
             os.symlink(f"/proc/{target}", f"/dev/{name}")
     mount("tmpfs", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,nr_inodes=0")
     os.mkdir("/run/lock", 0o1777)
-    mount(os.path.dirname(plan["modules"]), "/lib/modules", "", _MS_BIND)
     for name in plan["load"]:
         modules.load(name)
     for setting, value in plan["sysctls"].items():
