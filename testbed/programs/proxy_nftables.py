@@ -209,11 +209,12 @@ def remove_tables(runner: Runner) -> None:
     Raises:
         KernelError: nft refused.
     """
-    tables = [(family, nft_names.TABLE) for family in ("ip", "ip6")]
-    # Adding what may be there already makes the deletion succeed either way.
-    text = "".join(f"{verb} table {family} {name}\n" for family, name in tables for verb in ("add", "delete"))
+    ours = {f"table {family} {nft_names.TABLE}" for family in ("ip", "ip6")}
     with contextlib.suppress(MissingFeature):
-        runner.run(["nft", "-f", "-"], stdin=text)
+        # Not `add` and `delete` of both, which needs no look: a kernel can have nf_tables without these families.
+        there = ours.intersection(runner.run(["nft", "list", "tables"]).splitlines())
+        if there:
+            runner.run(["nft", "-f", "-"], stdin="".join(f"delete {table}\n" for table in sorted(there)))
 
 
 def deletes_at_once(release: str) -> bool:
