@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from compare import differences, parse
+from ipvs_support import dump, real_node
 from test_iptables_golden import CASES, read_case
 
 from testbed.dataplane.ipvs import IpvsRenderer, make_ipvs_settings, render_document
@@ -64,3 +65,21 @@ def test_removal_undoes_everything(path: Path) -> None:
     assert {key for key, _ in added.add_servers} == set(removed.delete_servers)
     assert added.add_members == removed.delete_members
     assert len(renderer.update(state)) == len(added)
+
+
+@pytest.mark.root
+@pytest.mark.ipvs
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_kernel_holds_what_kube_proxy_wrote(path: Path, tmp_path: Path) -> None:
+    """After a sync ipvsadm, ipset, ip, sysctl and iptables-save say what they said after one of kube-proxy v1.30."""
+    config, node, state = read_case(path)
+    assert node.internal_ip is not None
+    with real_node(tmp_path, str(node.internal_ip)) as here:
+        settings = here.proxier.make_settings(config, node)
+        report = here.proxier.sync(state, frozenset(), settings)
+        assert report.full and not report.refused
+        assert list(differences(parse(dump(here.runner)), parse(path.with_suffix(".ipvs").read_text()))) == []
+        assert here.proxier.find_damage() == ""
+        here.proxier.require_full()
+        again = here.proxier.sync(state, frozenset(), settings)
+        assert (again.payload.changes, again.payload.text) == (0, "")
