@@ -15,7 +15,7 @@ from testbed.dataplane.iptables import make_settings, render_full
 from testbed.dataplane.ipvs import IpvsRenderer, make_ipvs_settings, render_document
 from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings, render_table
 from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
-from testbed.dataplane.trace_ipvs import trace_ipvs
+from testbed.dataplane.trace_ipvs import IpvsTracer
 from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.errors import InputError, MissingFeature
 from testbed.kernel.addresses import list_local_addresses
@@ -125,7 +125,7 @@ def find_fate(given: ProxyInput, packet: Packet) -> Fate:
         if given.config.mode == "ipvs":
             renderer = IpvsRenderer(make_ipvs_settings(given.config, given.node, given.addresses))
             renderer.update(given.state)
-            return trace_ipvs(renderer, packet, here)
+            return IpvsTracer(renderer, here).trace(packet)
         return trace(parse_rules(render(given)), packet, here)
     except ValueError as error:
         raise InputError(f"cannot follow the packet: {error}") from error

@@ -78,6 +78,8 @@ class State:
     mark: int = 0
     endpoint: str = ""
     masquerade: bool = False
+    #: The virtual server that IPVS has taken it to: protocol, address, port.
+    virtual: tuple[str, str, int] | None = None
 
 
 class _Maybe(Enum):
@@ -269,7 +271,7 @@ def _in_set(name: str, sides: str, negated: bool) -> _Match:
     """A set has what these sides of the packet are; of ports there is one, the destination's."""
 
     def matches(state: State, node: Node) -> _Maybe:
-        return _sure(any(_is_member(node, name, entry) for entry in _entries(state, sides)) != negated)
+        return _sure(any((name, entry) in node.members for entry in _entries(state, sides)) != negated)
 
     return matches
 
@@ -287,15 +289,14 @@ def _entries(state: State, sides: str) -> tuple[str, ...]:
     return f"{where},{last}", *(f"{where},{IPv4Network((last, n), strict=False)}" for n in range(1, 32))
 
 
-def _is_member(node: Node, name: str, entry: str) -> bool:
-    return (name, entry) in node.members
-
-
-def _virtual(option: str) -> Callable[[str, bool], _Match]:
-    """The ipvs match: the packet belongs to a connection of that virtual server; a first packet not yet."""
+def _virtual(position: int) -> Callable[[str, bool], _Match]:
+    """The ipvs match: the packet has come by a virtual server, and this is its protocol (0), address (1) or port (2)."""
 
     def factory(value: str, negated: bool) -> _Match:
-        return lambda state, node: _sure(negated)
+        def matches(state: State, node: Node) -> _Maybe:
+            return _sure((state.virtual is not None and str(state.virtual[position]) == value) != negated)
+
+        return matches
 
     return factory
 
@@ -315,9 +316,9 @@ _MATCHES: dict[str, Callable[[str, bool], _Match]] = {
     "--ctstate": _connection,
     "--mark": _mark,
     "--probability": _chance,
-    "--vaddr": _virtual("--vaddr"),
-    "--vproto": _virtual("--vproto"),
-    "--vport": _virtual("--vport"),
+    "--vproto": _virtual(0),
+    "--vaddr": _virtual(1),
+    "--vport": _virtual(2),
 }
 
 _FALL_THROUGH, _ACCEPTED, _DROPPED, _REJECTED = "", "ACCEPT", "DROP", "REJECT"

@@ -2,19 +2,19 @@
 
 ::
 
-    from outside or a pod:  nat PREROUTING ─┬─ filter INPUT ─ IPVS ─ nat POSTROUTING     (to the node: bound addresses, too)
+    from outside or a pod:  nat PREROUTING ─┬─ filter INPUT ─ IPVS ─ filter OUTPUT ─ nat POSTROUTING
                                             └─ filter FORWARD ─ nat POSTROUTING
-    from the node:          nat OUTPUT ─ filter OUTPUT ─ IPVS ─ nat POSTROUTING, or filter INPUT
+    from the node:          nat OUTPUT ─ IPVS ─ filter OUTPUT ─ nat POSTROUTING, or filter INPUT
 
-The packet is the first of its connection. The rules are walked by the same interpreter as iptables mode's.
+Bound addresses are the node's own. The packet is the first of its connection. The rules are walked by the same interpreter as iptables mode's.
 
 Source: kubernetes pkg/proxy/ipvs/README.md; linux net/netfilter/ipvs/ip_vs_core.c (ip_vs_ops: LOCAL_IN after the filter,
-LOCAL_OUT before it).
+LOCAL_OUT before it), ip_vs_xmit.c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address
 
@@ -25,28 +25,35 @@ from testbed.dataplane.trace import Fate, Node, Packet, State, Verdict, Walker, 
 _End = tuple[Verdict, str, bool]
 
 
-def trace_ipvs(renderer: IpvsRenderer, packet: Packet, node: Node) -> Fate:
-    """Return the fate of a packet that meets a node on which all is as the renderer wants it.
+class IpvsTracer:
+    """A node on which all is as a renderer wants it.
 
     Args:
         renderer: What is programmed.
-        packet: The packet.
         node: The node's addresses, but for those on kube-ipvs0.
-
-    Raises:
-        ValueError: the ways out disagree in kind.
     """
-    wanted = renderer.wanted()
-    here = Node(node.addresses | {IPv4Address(address) for address in wanted.addresses}, wanted.members)
-    rules = parse_rules(render_payload(renderer.rules()))
-    return _Trace(Walker(rules, here), wanted, node, here).fate(packet)
+
+    def __init__(self, renderer: IpvsRenderer, node: Node) -> None:
+        self._wanted = renderer.wanted()
+        bound = {IPv4Address(address) for address in self._wanted.addresses}
+        self._here = Node(node.addresses | bound, self._wanted.members)
+        self._rules = parse_rules(render_payload(renderer.rules()))
+
+    def trace(self, packet: Packet) -> Fate:
+        """Return the fate of a packet that meets the node.
+
+        Raises:
+            ValueError: the ways out disagree in kind.
+        """
+        return _Trace(Walker(self._rules, self._here), self._wanted, self._here).fate(packet)
 
 
 class _Trace:
-    def __init__(self, walker: Walker, wanted: IpvsObjects, node: Node, here: Node) -> None:
+    """One packet's walk."""
+
+    def __init__(self, walker: Walker, wanted: IpvsObjects, here: Node) -> None:
         self._walker = walker
         self._wanted = wanted
-        self._node = node  # without what is bound
         self._here = here
 
     def fate(self, packet: Packet) -> Fate:
@@ -55,46 +62,55 @@ class _Trace:
 
     def _ends(self, state: State) -> Iterator[_End]:
         from_node, to_node = self._here.owns(state.source), self._here.owns(state.destination)
-        server = self._wanted.servers.get(VirtualServer(state.packet.protocol, str(state.destination), state.port))
+        key = VirtualServer(state.packet.protocol, str(state.destination), state.port)
+        server = self._wanted.servers.get(key)
         for _, routed in self._walker.hook("nat", "OUTPUT" if from_node else "PREROUTING", state):
-            if from_node:
-                for verdict, sent in self._walker.hook("filter", "OUTPUT", routed):
-                    if verdict in ("DROP", "REJECT"):
-                        yield Verdict(verdict), "", False
-                    elif server is not None:
-                        yield from self._balance(server.real, sent)
-                    elif to_node:
-                        yield from self._let_in(sent, None)
-                    else:
-                        yield from self._leave(sent, accepted=bool(verdict))
-            elif to_node:
-                yield from self._let_in(routed, server.real if server is not None else None)
-            else:
-                for verdict, sent in self._walker.hook("filter", "FORWARD", routed):
-                    if verdict in ("DROP", "REJECT"):
-                        yield Verdict(verdict), "", False
-                    else:
-                        yield from self._leave(sent, accepted=bool(verdict))
+            if from_node and server is not None:
+                yield from self._balance(key, server.real, routed)
+                continue
+            hooks = [hook for hook, passed in (("OUTPUT", from_node), ("INPUT", to_node)) if passed] or ["FORWARD"]
+            for ended, sent, accepted in self._filtered(hooks, routed):
+                if ended is not None:
+                    yield ended, "", False
+                elif to_node and server is not None:
+                    yield from self._balance(key, server.real, sent)
+                elif to_node:
+                    yield (Verdict.ACCEPT if accepted else Verdict.NONE), "", sent.masquerade
+                else:
+                    yield from self._leave(sent, accepted=accepted)
 
-    def _let_in(self, state: State, real: object) -> Iterator[_End]:
-        for verdict, sent in self._walker.hook("filter", "INPUT", state):
-            if verdict in ("DROP", "REJECT"):
-                yield Verdict(verdict), "", False
-            elif isinstance(real, dict):
-                yield from self._balance(real, sent)
+    def _filtered(self, hooks: Sequence[str], state: State) -> Iterator[tuple[Verdict | None, State, bool]]:
+        """Yield each way through some chains of filter: how it ends (None: it does not), the packet, whether it was accepted."""
+        if not hooks:
+            yield None, state, False
+            return
+        for verdict, after in self._walker.hook("filter", hooks[0], state):
+            if verdict in (Verdict.DROP.value, Verdict.REJECT.value):
+                yield Verdict(verdict), after, False
             else:
-                yield (Verdict.ACCEPT if verdict else Verdict.NONE), "", sent.masquerade
+                for ended, sent, accepted in self._filtered(hooks[1:], after):
+                    yield ended, sent, accepted or bool(verdict)
 
-    def _balance(self, real: object, state: State) -> Iterator[_End]:
-        assert isinstance(real, dict)
-        self._walker.met.setdefault(f"IPVS: {state.packet.protocol} {state.destination}:{state.port}")
+    def _balance(self, key: VirtualServer, real: Mapping[str, int], state: State) -> Iterator[_End]:
+        self._walker.met.setdefault(f"IPVS: virtual server {key}")
         if not real:
-            # ip_vs_leave: a virtual server without real ones answers ICMP port unreachable
+            # ip_vs_leave(): the kernel answers with ICMP port unreachable
             yield Verdict.REJECT, "", False
         for endpoint in real:
             address, _, port = endpoint.rpartition(":")
-            moved = replace(state, endpoint=endpoint, destination=IPv4Address(address), port=int(port))
-            yield from self._leave(moved, accepted=False)
+            moved = replace(
+                state,
+                endpoint=endpoint,
+                destination=IPv4Address(address),
+                port=int(port),
+                virtual=(key.protocol, key.address, key.port),
+            )
+            # ip_vs_nat_xmit() sends through LOCAL_OUT, whoever the packet came from
+            for ended, sent, accepted in self._filtered(["OUTPUT"], moved):
+                if ended is not None:
+                    yield ended, "", False
+                else:
+                    yield from self._leave(sent, accepted=accepted)
 
     def _leave(self, state: State, *, accepted: bool) -> Iterator[_End]:
         for _, sent in self._walker.hook("nat", "POSTROUTING", state):
