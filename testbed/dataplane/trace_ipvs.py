@@ -6,7 +6,8 @@
                                             └─ filter FORWARD ─ nat POSTROUTING
     from the node:          nat OUTPUT ─ IPVS ─ filter OUTPUT ─ nat POSTROUTING, or filter INPUT
 
-Bound addresses are the node's own. The packet is the first of its connection. The rules are walked by the same interpreter as iptables mode's.
+Bound addresses are the node's own. The packet is the first of its connection. The rules are walked by the interpreter of
+iptables mode.
 
 Source: kubernetes pkg/proxy/ipvs/README.md; linux net/netfilter/ipvs/ip_vs_core.c (ip_vs_ops: LOCAL_IN after the filter,
 LOCAL_OUT before it), ip_vs_xmit.c.
