@@ -9,8 +9,29 @@ from pathlib import Path
 from typing import Final
 
 from testbed.errors import MissingFeature
+from testbed.kernel.pace import patient
 
 _BRIDGE_CALLS = Path("/proc/sys/net/bridge")
+_IPVS = Path("/proc/net/ip_vs")
+
+
+def why_no_ipvs() -> str:
+    """Return '' when the kernel has IPVS, loading it if need be, or what is in the way."""
+    if _IPVS.exists():
+        return ""
+    said = _modprobe("ip_vs")
+    if _IPVS.exists():
+        return ""
+    return f"this kernel has no ip_vs: `modprobe ip_vs` said {said!r}"
+
+
+def _modprobe(name: str) -> str:
+    """Try to load a module; return what modprobe said."""
+    try:
+        done = subprocess.run(["modprobe", name], capture_output=True, text=True, timeout=patient(10), check=False)
+    except FileNotFoundError:
+        return "modprobe: not installed (apt-get install kmod)"
+    return done.stderr.strip() or "nothing"
 
 
 def ensure_bridge_netfilter() -> None:
@@ -24,11 +45,11 @@ def ensure_bridge_netfilter() -> None:
     """
     if _BRIDGE_CALLS.is_dir():
         return
-    done = subprocess.run(["modprobe", "br_netfilter"], capture_output=True, text=True, timeout=10, check=False)
+    said = _modprobe("br_netfilter")
     if not _BRIDGE_CALLS.is_dir():
         raise MissingFeature(
             "the kernel lacks br_netfilter, without which a reply between two pods of one node is not translated back: "
-            f"`modprobe br_netfilter` said {done.stderr.strip() or 'nothing'!r}; install your kernel's full module package "
+            f"`modprobe br_netfilter` said {said!r}; install your kernel's full module package "
             "(Ubuntu: linux-modules-extra-$(uname -r))"
         )
     for name in ("iptables", "ip6tables", "arptables"):

@@ -44,7 +44,9 @@ def check_machine(memory_mib: int | None = None) -> None:
 def modules_folder() -> Path | None:
     """Return where the modules of the installed UML are, None when there are none."""
     try:
-        return next((folder for folder in sorted(MODULES.iterdir(), reverse=True) if (folder / "modules.dep").is_file()), None)
+        return next(
+            (folder for folder in sorted(MODULES.iterdir(), reverse=True) if (folder / "modules.dep").is_file()), None
+        )
     except OSError:
         return None
 

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-NESTED = "TESTBED_NESTED"
-"""Environment variable that is set for everything that runs inside."""
+from testbed.kernel.pace import NESTED
 
 BOOT_WITHIN_S = 60.0
 DEFAULT_MEMORY_MIB = 2048
 LEAST_MEMORY_MIB = 256
 
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_NOT_PASSED_ON = frozenset({"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "INVOCATION_ID", "JOURNAL_STREAM"})
+_NOT_PASSED_ON = frozenset(
+    {"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "INVOCATION_ID", "JOURNAL_STREAM"}
+)
 
 #: what nothing asks the kernel for by name before it is needed
-_MODULES = ("nf_conntrack", "br_netfilter")
+_MODULES = ("nf_conntrack", "br_netfilter", "ip_vs")
 _SYSCTLS = {
     # the default follows from the memory of a small machine; a lab's nodes share one table
     "net/netfilter/nf_conntrack_max": "262144",

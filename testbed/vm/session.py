@@ -110,7 +110,9 @@ class _Relay:
         return self._status
 
     def _time_out(self, timeout_s: float) -> int:
-        os.write(2, f"testbed vm: time is up ({timeout_s:g} s): the command and everything in there was ended\n".encode())
+        os.write(
+            2, f"testbed vm: time is up ({timeout_s:g} s): the command and everything in there was ended\n".encode()
+        )
         return TIMED_OUT
 
     def _last_messages(self) -> str:
