@@ -153,6 +153,8 @@ def up(
     used, look = f"mode {mode}, iptables-{backend}", "iptables-save -t nat"
     if mode == "nftables":
         used, look = f"mode {mode}", "nft list table ip kube-proxy"
+    elif mode == "ipvs":
+        look = "ipvsadm -Ln"
     click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy {used}")
     hints = {
         f'eval "$(testbed env {name})"; kubectl get pods -A': "objects, with your own kubectl",

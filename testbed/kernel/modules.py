@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -57,7 +56,7 @@ def ensure_bridge_netfilter() -> None:
 
 
 #: What ipvs mode uses beside the scheduler. The kernel loads most of them when they are first asked for, where it can.
-_IPVS: Final = (
+_IPVS_MODULES: Final = (
     "ip_vs", "nf_conntrack", "dummy", "xt_set", "xt_ipvs", "xt_comment", "xt_mark", "xt_addrtype", "xt_physdev",
     "xt_conntrack", "xt_MASQUERADE", "ipt_REJECT", "ip_set_hash_ip", "ip_set_hash_ipport", "ip_set_hash_ipportip",
     "ip_set_hash_ipportnet", "ip_set_bitmap_port",
@@ -66,18 +65,10 @@ _IPVS: Final = (
 
 def load_ipvs(scheduler: str) -> None:
     """Try to have in the kernel what ipvs mode uses. What is missing shows when it is used: it may be built in."""
-    load([*_IPVS, f"ip_vs_{scheduler}"])
-
-
-def load(modules: Collection[str]) -> None:
-    """Try to load those modules that are not loaded."""
-    missing = [name for name in modules if not (Path("/sys/module") / name).exists()]
+    wanted = [*_IPVS_MODULES, f"ip_vs_{scheduler}"]
+    missing = [name for name in wanted if not (Path("/sys/module") / name).exists()]
     if missing:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(["modprobe", "-a", "-q", "--", *missing], capture_output=True, timeout=30, check=False)
-
-
-def find_ipvs() -> bool:
-    """Say whether the kernel has IPVS, after trying to load it."""
-    load(["ip_vs"])
-    return Path("/proc/net/ip_vs").exists()
+            subprocess.run(
+                ["modprobe", "-a", "-q", "--", *missing], capture_output=True, timeout=patient(30), check=False
+            )

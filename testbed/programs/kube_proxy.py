@@ -65,6 +65,7 @@ _BURST: Final = 2
 _FAILURES: Final = {
     "iptables": "sync_proxy_rules_iptables_restore_failures_total",
     "nftables": "sync_proxy_rules_nftables_sync_failures_total",
+    "ipvs": "sync_proxy_rules_iptables_restore_failures_total",
 }
 _BACK_OFF_FIRST_S: Final = 0.05
 _BACK_OFF_LAST_S: Final = 5.0
@@ -769,6 +770,8 @@ def main(args: Mapping[str, Any]) -> int:
         clean_up_other_modes(config, runner, backend)
     except TestbedError as error:
         log(str(error))
+        if isinstance(error, KernelError):
+            _tell_why_not(node, str(args.get("api_socket") or ""), f"kube-proxy cannot run: {error}", log)
         return error.exit_status
     prepare_node(config, node, log)
     if args.get("init_only"):
@@ -777,6 +780,21 @@ def main(args: Mapping[str, Any]) -> int:
         config = replace(config, conntrack=replace(config.conntrack, tcp_be_liberal=True))
     _run_on_node(config, node, proxier, args, messages, log)
     return 0
+
+
+def _tell_why_not(node: str, api_socket: str, message: str, log: Callable[[str], None]) -> None:
+    """Write an event about the node: a pod's log is not where its owner looks first."""
+    from testbed.api.client import ApiClient
+
+    if not node or not os.path.exists(api_socket):
+        return
+    api = ApiClient(api_socket)
+    try:
+        about: Object = {"apiVersion": "v1", "kind": "Node", **api.get(NODES, "", node)}
+    except (TestbedError, OSError) as error:
+        log(f"an event about it is lost: {error}")
+        return
+    Events(api, node, log).write(about, "Warning", "FailedToStartProxy", message)
 
 
 def _run_on_node(
