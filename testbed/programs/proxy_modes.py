@@ -86,7 +86,11 @@ def _make_ipvs(config: KubeProxyConfig, runner: Runner, iptables: Iptables) -> P
     try:
         load_ipvs(config.ipvs.scheduler)
         node = IpvsNode(runner, config.hostname_override or "this node")
-        node.probe(config.ipvs.scheduler)
+        try:
+            node.probe(config.ipvs.scheduler)
+        except TestbedError:
+            node.close()
+            raise
     except TestbedError as error:
         raise MissingFeature(f"can't use the IPVS proxier: {error}") from error
     return IpvsProxier(node, iptables, config.ipvs, kernel=kernel_version(os.uname().release))

@@ -106,8 +106,11 @@ class Programmed:
 def programmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programmed]:
     with packet_world() as world:
         made = Programmed(world, tmp_path_factory.mktemp("node"))
-        made.sync(SERVICES, SLICES)
-        yield made
+        try:
+            made.sync(SERVICES, SLICES)
+            yield made
+        finally:
+            made.proxier.close()
 
 
 def test_flows(programmed: Programmed) -> None:
