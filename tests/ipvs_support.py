@@ -27,7 +27,7 @@ from testbed.kernel.runner import SubprocessRunner
 from testbed.programs.proxy_ipvs import IpvsProxier
 
 sys.path.append(str(Path(__file__).parent / "golden"))
-from compare import differences, parse  # noqa: E402
+from compare import differences, parse
 
 LOCAL = frozenset({IPv4Address("127.0.0.1"), IPv4Address("192.168.0.2")})
 
