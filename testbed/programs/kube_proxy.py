@@ -687,7 +687,7 @@ def prepare_node(config: KubeProxyConfig, node: str, log: Callable[[str], None])
         "net/netfilter/nf_conntrack_udp_timeout_stream": conntrack.udp_stream_timeout_s,
     }
     settings = {name: f"{value:.0f}" for name, value in wanted.items() if value > 0}
-    if config.mode != "nftables" and needs_route_localnet(config):
+    if config.mode not in ("nftables", "ipvs") and needs_route_localnet(config):
         settings["net/ipv4/conf/all/route_localnet"] = "1"
     for name, value in settings.items():
         try:

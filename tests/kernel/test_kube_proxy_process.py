@@ -278,7 +278,7 @@ def test_udp_flows_are_listed_and_deleted(node: NodeNamespace) -> None:
 def test_without_ip_vs_one_node_says_so_and_others_go_on(
     api: ApiClient, tmp_path: Path, eventually: Eventually
 ) -> None:
-    """On a kernel without ip_vs: status 3, a log line and an event about the Node; iptables mode on another node is not harmed."""
+    """On a kernel without ip_vs: status 3, a log line, an event about the Node; another node in iptables mode goes on."""
     if not why_no_ipvs():
         pytest.skip("this kernel has ip_vs")
     with contextlib.ExitStack() as stack:

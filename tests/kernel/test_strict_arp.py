@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from ipvs_support import network_namespace
+from packet_world import hold_namespace
 
 from testbed.dataplane.ipvs import make_ipvs_settings, render_sysctls
 from testbed.kernel.ipvs_node import BoundAddresses
@@ -37,18 +38,11 @@ def lan() -> Iterator[list[int]]:
         _run("link add lan type bridge forward_delay 0", f"addr add {CLIENT}/24 dev lan", "link set lan up")
         pids = []
         for number in range(1, NODES + 1):
-            holder = stack.enter_context(
-                subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            )
-            stack.callback(holder.kill)
-            assert holder.stdin and holder.stdout
-            holder.stdin.write(b"x")
-            holder.stdin.flush()
-            holder.stdout.read(1)  # cat runs, so the namespace is there
-            _run(f"link add n{number} master lan type veth peer name eth0 netns {holder.pid}", f"link set n{number} up")
-            with network_namespace(holder.pid):
+            pid = hold_namespace(stack)
+            _run(f"link add n{number} master lan type veth peer name eth0 netns {pid}", f"link set n{number} up")
+            with network_namespace(pid):
                 _run("link set lo up", f"addr add 192.168.93.1{number}/24 dev eth0", "link set eth0 up")
-            pids.append(holder.pid)
+            pids.append(pid)
         yield pids
 
 
