@@ -461,8 +461,9 @@ class ProxyLoop:
         self._triggers_s += filter(None, map(_seconds_of, self._tracker.take_trigger_times()))
         addresses = tuple(self._local_addresses()) if self.config.node_port_addresses else ()
         cidrs = self._all_service_cidrs()
-        settings = self._proxier.make_settings(self._present_config(), self._node, addresses, cidrs)
+        present = self._present_config()
         try:
+            settings = self._proxier.make_settings(present, self._node, addresses, cidrs)
             report = self._proxier.sync(state, self._pending, settings)
         except KernelError as error:
             self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
