@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import shutil
@@ -165,10 +166,8 @@ def test_terminal(eventually: Callable[..., object]) -> None:
 
     def shows(text: bytes) -> Callable[[], bool]:
         def look() -> bool:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 seen.extend(os.read(ours, 4096))
-            except BlockingIOError:
-                pass
             return text in seen
 
         return look
