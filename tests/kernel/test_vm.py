@@ -189,7 +189,13 @@ def test_terminal(eventually: Callable[..., object]) -> None:
     ("command", "status", "words"),
     [
         pytest.param(["no-such-program"], 127, "testbed vm: no-such-program: command not found", id="unknown"),
-        pytest.param(["/etc/passwd"], 126, "testbed vm: /etc/passwd: Permission denied", id="not executable"),
+        pytest.param(
+            ["/etc/passwd"],
+            126,
+            "testbed vm: /etc/passwd: Permission denied",
+            id="not executable",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_commands_that_cannot_run(command: list[str], status: int, words: str) -> None:
