@@ -46,6 +46,8 @@ def parse_timeout(text: str) -> float:
 def run_in_vm(argv: Sequence[str], memory: str | None, timeout: str | None, shares: Sequence[Path]) -> int:
     """Run a command in a nested kernel on our terminal and return its exit status."""
     command = tuple(argv[1:] if argv[:1] == ("--",) else argv)
+    if command == tuple(argv) and command[:1] and command[0].startswith("-"):
+        raise InputError(f"there is no option {command[0]!r}; a command of that name goes behind `--`")
     if not command:
         raise InputError("nothing to run: testbed vm -- COMMAND...")
     if not command[0]:

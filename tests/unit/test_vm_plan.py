@@ -131,6 +131,7 @@ def test_our_options_end_at_the_command(ran: list[VmRequest], separator: list[st
     ("arguments", "words"),
     [
         pytest.param([], "nothing to run", id="no command"),
+        pytest.param(["--bogus", "--", "ls"], "there is no option '--bogus'", id="unknown option"),
         pytest.param(["--", ""], "the name of a program is empty", id="empty name"),
         pytest.param(["--memory", "much", "--", "ls"], "--memory 'much': write it like 512M or 2G", id="memory"),
         pytest.param(["--memory", "", "--", "ls"], "--memory ''", id="empty memory"),
