@@ -62,7 +62,7 @@ class NestedTests:
             self._vm.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
-        self._log = tempfile.TemporaryFile(mode="w+")
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the machine
         command = [
             sys.executable,
             "-m",

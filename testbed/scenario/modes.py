@@ -1,4 +1,4 @@
-"""Which proxy modes this version can run."""
+"""Which proxy modes this version can run, and which of them this kernel cannot."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ IMPLEMENTED = ("iptables", "nftables", "ipvs")
 
 
 def check_mode(mode: str) -> str:
-    """Return the mode if it can be run.
+    """Return the mode if this version can run it, be it in the nested kernel.
 
     Raises:
         InputError: there is no such mode.
-        MissingFeature: this version does not program it.
+        MissingFeature: this version does not program it, or its tools are missing.
     """
     if mode not in PROXY_MODES:
         raise InputError(f"there is no proxy mode {mode!r}; the modes are {', '.join(PROXY_MODES)}")
@@ -27,7 +27,7 @@ def check_mode(mode: str) -> str:
 
 
 def why_not(mode: str) -> str:
-    """Return why a mode cannot be run, '' when it can."""
+    """Return why a mode cannot be run, '' when it can (by this kernel or the nested one: `why_not_here`)."""
     if mode not in IMPLEMENTED:
         return f"proxy mode {mode!r} is not built yet: this version programs {' and '.join(IMPLEMENTED)}"
     if mode == "nftables" and shutil.which("nft") is None:
@@ -37,3 +37,8 @@ def why_not(mode: str) -> str:
     if mode == "ipvs" and (reason := why_no_ipvs()):
         return f"proxy mode 'ipvs': {reason}; `testbed vm -- testbed …` runs it in a kernel that has it"
     return ""
+
+
+def why_not_here(mode: str) -> str:
+    """Return what this kernel lacks for a mode, even after an attempt to load it, '' when it has it."""
+    return why_no_ipvs() if mode == "ipvs" else ""

@@ -7,7 +7,9 @@ has, so that nothing is left of them either: the guest's memory (``TMPDIR``), UM
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -15,24 +17,27 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from testbed.errors import InputError, KernelError, MissingFeature
+from testbed.errors import InputError, MissingFeature
 from testbed.kernel import linux
-from testbed.vm.plan import LEAST_MEMORY_MIB, VmRequest, guest_plan, uml_command
+from testbed.kernel.pace import is_nested
+from testbed.vm.plan import VmRequest, guest_plan, uml_command
 
 PROGRAM = "linux.uml"
 MODULES = Path("/usr/lib/uml/modules")
-_PRIVATE = "/dev/shm"  # noqa: S108  # a place that is there everywhere and that the guest covers by its own
+_PRIVATE = "/dev/shm"  # a place that is there everywhere and that the guest covers by its own
 
 
-def check_machine(memory_mib: int | None = None) -> None:
+def check_machine() -> None:
     """Refuse where no nested kernel can run.
 
     Raises:
         InputError: not root.
-        MissingFeature: UML or its modules are missing, or memory is.
+        MissingFeature: UML or its modules are missing.
     """
     if os.geteuid() != 0:
         raise InputError("a nested kernel needs root, to mount what it keeps in memory: run this as root, or with sudo")
+    if is_nested():
+        raise MissingFeature("this is the nested kernel already, and there is none inside it")
     missing = [program for program in (PROGRAM, "tini") if shutil.which(program) is None]
     if missing or modules_folder() is None:
         raise MissingFeature(
@@ -51,26 +56,36 @@ def modules_folder() -> Path | None:
         return None
 
 
+def available_memory_mib() -> int:
+    """Return how much memory programs could still get on this machine."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    raise AssertionError("/proc/meminfo has no MemAvailable")
+
+
 class Machine:
     """A running nested kernel: ``line`` is our end of its serial line, ``log`` what its kernel printed."""
 
-    def __init__(self, pid: int, line: socket.socket, log: int) -> None:
+    def __init__(self, pid: int, line: socket.socket, log: int, lifeline: int) -> None:
         self._pid = pid
         self.line = line
         self._log = log
+        self._lifeline = lifeline
 
     def kernel_messages(self) -> str:
-        return os.pread(self._log, 1 << 20, 0).decode(errors="replace")
+        """Return the last of what its kernel printed, 256 KiB at most."""
+        start = max(0, os.fstat(self._log).st_size - (1 << 18))
+        return os.pread(self._log, 1 << 18, start).decode(errors="replace")
 
     def close(self) -> None:
         """End it and everything in it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         os.waitpid(self._pid, 0)
         self.line.close()
         os.close(self._log)
+        os.close(self._lifeline)
 
     def __enter__(self) -> Machine:
         return self
@@ -103,14 +118,15 @@ def start_machine(request: VmRequest) -> Machine:
     finally:
         os.close(own)
         os.close(alive)
-        os.close(lifeline)
         theirs.close()
-    return Machine(pid, ours, log)
+    return Machine(pid, ours, log, lifeline)
 
 
 def _be_first_process(request: VmRequest, plan: str, line: int, log: int, alive: int) -> NoReturn:
     try:
         linux.set_parent_death_signal(signal.SIGKILL)
+        if select.select([alive], [], [], 0)[0]:  # our parent was gone before it was asked for
+            os._exit(3)
         os.setsid()  # the terminal's signals are for our parent, who passes them on
         null = os.open(os.devnull, os.O_RDONLY)
         for source, number in ((null, 0), (log, 1), (log, 2)):
@@ -134,7 +150,7 @@ def _be_first_process(request: VmRequest, plan: str, line: int, log: int, alive:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.chdir("/")
         os.environ["TMPDIR"] = _PRIVATE
-        os.execvp("tini", ["tini", "-s", "--", *argv])
+        os.execvp("tini", ["tini", "-s", "--", *argv])  # noqa: S606
     except BaseException as error:
         os.write(2, f"could not isolate the nested kernel: {error}\n".encode())
     finally:
