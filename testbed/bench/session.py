@@ -12,6 +12,7 @@ from testbed.bench.results import Machine, Skipped
 from testbed.bench.runner import Recording, Site, record
 from testbed.bench.site import LabSite, lab_topology
 from testbed.errors import KernelError, LabError, TestbedError
+from testbed.kernel.pace import is_nested
 from testbed.lab.folder import free_name
 from testbed.lab.start import start_lab
 from testbed.model.benchmark import Benchmark
@@ -21,7 +22,7 @@ HOST, NESTED = "host", "nested"
 
 def this_machine() -> str:
     """Return what the running kernel is called in results."""
-    return NESTED if os.environ.get("TESTBED_NESTED") else HOST
+    return NESTED if is_nested() else HOST
 
 
 @dataclass(frozen=True, slots=True)

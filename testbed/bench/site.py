@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,16 +16,17 @@ from testbed.bench.objects import Target
 from testbed.bench.parse import parse_iperf3_tcp, parse_iperf3_udp, parse_metrics, parse_service_order, parse_wrk
 from testbed.bench.statistics import quantile
 from testbed.errors import ApiError, KernelError, LabError, TestbedError
+from testbed.kernel.pace import patient
 from testbed.lab.handle import Lab
 from testbed.model.benchmark import Benchmark, Case, NetPath, Position, Workload
 from testbed.model.topology import Topology
 
 T = TypeVar("T")
 
-_PATIENCE = 6 if os.environ.get("TESTBED_NESTED") else 1
-READY_WITHIN_S = 30.0 * _PATIENCE
-SYNC_WITHIN_S = 60.0 * _PATIENCE
-_PROGRAM_WITHIN_S = 20.0 * _PATIENCE
+READY_WITHIN_S = patient(30)
+SYNC_WITHIN_S = patient(60)
+_SERVICE_WITHIN_S = patient(0.05)
+_PROGRAM_WITHIN_S = patient(20)
 _LOOK_EVERY_S = 0.05
 _QUIET_S = 0.25
 """How long a change is left alone before we look: looking costs processor time that the nodes need."""
@@ -192,7 +192,7 @@ class LabSite:
                 return now.get(name, 0) >= wanted and _is_synced(now)
 
             what = f"kube-proxy of {node} has not written {changes} more Services"
-            self._eventually(has_all, what, SYNC_WITHIN_S + 0.05 * _PATIENCE * changes)
+            self._eventually(has_all, what, SYNC_WITHIN_S + _SERVICE_WITHIN_S * changes)
 
     def _place_targets(self) -> None:
         positions = list(

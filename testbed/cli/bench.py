@@ -129,6 +129,15 @@ def compare(before: Path, after: Path, every: bool, output: str) -> int:
     return compare_files(before, after, every=every, output=output)
 
 
+@bench.command(hidden=True)
+@click.argument("order")
+def inside(order: str) -> int:
+    """Measure in the nested kernel for the `testbed bench` that started us there."""
+    from testbed.cli.bench_run import run_inside
+
+    return run_inside(order)
+
+
 def _measure(workload: str, parameters: dict[str, Any], options: dict[str, Any]) -> int:
     from testbed.cli.bench_run import benchmark_of_options, run_benchmark
 

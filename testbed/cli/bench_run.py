@@ -19,17 +19,18 @@ import click
 
 from testbed.bench.assemble import join, judged, results_of, write_data, write_report
 from testbed.bench.compare import as_dict, compare
+from testbed.bench.nested import measure_nested, read_order, send_results, why_not_nested
 from testbed.bench.placement import Placement, place_modes
 from testbed.bench.report import comparison_text, text_report
 from testbed.bench.results import Results, read_results, results_json
 from testbed.bench.session import Listener, Session, begin_session, measure
-from testbed.errors import InputError, ManifestError, MissingFeature, TestbedError
+from testbed.errors import InputError, LabError, ManifestError, MissingFeature, TestbedError
 from testbed.lab.start import check_machine, choose_iptables_backend
 from testbed.manifests.benchmark import benchmark_document, load_benchmark, read_benchmark
 from testbed.manifests.source import Document
 from testbed.manifests.topology import find_topology
 from testbed.model.benchmark import Benchmark, Workload
-from testbed.scenario.modes import check_mode, why_not
+from testbed.scenario.modes import check_mode, why_not, why_not_here
 from testbed.scenario.report import check_writable
 
 INTERRUPTED = 130
@@ -104,7 +105,7 @@ def run_benchmark(
     if folder is not None:
         check_writable(folder)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was measured is kept then, too
-    run = _Run(benchmark, placement, backend, folder, _Narrator())
+    run = _Run(benchmark, placement, backend, folder, _Narrator(), iptables_backend or "")
     results = run.go()
     if folder is not None:
         run.narrator.say("writing the report")
@@ -133,29 +134,49 @@ def _place(benchmark: Benchmark) -> Placement:
         MissingFeature: a mode that somebody named cannot be, or none can.
     """
     placement = place_modes(
-        benchmark.proxy_modes, one_kernel=benchmark.one_kernel, why_not_here=why_not, why_not_nested=_why_not_nested
+        benchmark.proxy_modes,
+        one_kernel=benchmark.one_kernel,
+        why_not_here=_why_not_here,
+        why_not_nested=why_not_nested,
     )
     if placement.skipped and (benchmark.modes_are_given or not (placement.here or placement.nested)):
         raise MissingFeature("; ".join(dict.fromkeys(one.reason for one in placement.skipped)))
     return placement
 
 
-def _why_not_nested(mode: str) -> str:
-    return why_not(mode)
+def _why_not_here(mode: str) -> str:
+    return why_not(mode) or why_not_here(mode)
+
+
+def run_inside(order: str) -> int:
+    """Measure on this kernel, the nested one, and send what was found to who asked."""
+    benchmark, modes, backend = read_order(order)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    check_machine()
+    placement = Placement(modes, (), ())
+    run = _Run(benchmark, placement, choose_iptables_backend(backend), None, _Narrator())
+    results = run.go()
+    run.narrator.clear()
+    send_results(results)
+    if run.refused is not None:
+        raise run.refused
+    return INTERRUPTED if run.was_interrupted else 0
 
 
 class _Run:
     """One run of a benchmark on up to two kernels, one after the other."""
 
     def __init__(
-        self, benchmark: Benchmark, placement: Placement, backend: str, folder: Path | None, narrator: _Narrator
-    ) -> None:
+        self, benchmark: Benchmark, placement: Placement, backend: str, folder: Path | None, narrator: _Narrator,
+        chosen_backend: str = "",
+    ) -> None:  # fmt: skip
         self.narrator = narrator
         self.refused: TestbedError | None = None
         self.was_interrupted = False
         self._benchmark = benchmark
         self._placement = placement
         self._backend = backend
+        self._chosen_backend = chosen_backend  # '' is the kernel's own
         self._folder = folder
         self._began = time.monotonic()
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -177,6 +198,8 @@ class _Run:
                 self._session = begin_session()
                 listener = Listener(self.narrator.step, self._count, self._save_draft)
                 measure(self._session, self._benchmark, self._placement.here, self._backend, listener)
+            if self._placement.nested:
+                self._measure_nested()
         except KeyboardInterrupt:
             self.was_interrupted = True
             reason = f"interrupted after {self._done[0]} of {self._done[1]} samples"
@@ -186,6 +209,16 @@ class _Run:
             if not self._session or not self._session.recording.samples:
                 raise
         return judged(self._results(reason))
+
+    def _measure_nested(self) -> None:
+        modes = ", ".join(self._placement.nested)
+        self.narrator.step(f"starting the nested kernel for {modes}")
+        self._save_draft()
+        self.narrator.clear()
+        self._nested, status = measure_nested(self._benchmark, self._placement.nested, self._chosen_backend)
+        self.was_interrupted = status == INTERRUPTED
+        if status not in (0, INTERRUPTED):
+            raise LabError(f"the testbed in the nested kernel ended with status {status}: {self._nested.reason}")
 
     def _results(self, reason: str, *, is_draft: bool = False) -> Results:
         duration_s = time.monotonic() - self._began

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.kernel.pace import patient
+
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios").glob("*/scenario.yaml"))
@@ -21,3 +23,13 @@ def test_scenario(path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)
+
+
+@pytest.mark.ipvs
+@pytest.mark.parametrize("name", ["quickstart", "affinity"])
+def test_scenario_in_ipvs_mode(name: str) -> None:
+    """The same file passes in ipvs mode, with the differences that it states."""
+    folder = SCENARIOS[0].parents[1] / name
+    command = [sys.executable, "-m", "testbed", "run", str(folder), "--proxy-mode", "ipvs", "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(120), check=False)
+    assert done.returncode == 0, done.stderr + done.stdout

@@ -120,7 +120,7 @@ def test_bad_options(bench: Callable[..., Ended], words: list[str], error: str) 
 def test_a_mode_that_cannot_run(bench: Callable[..., Ended], fakes: list[Benchmark], monkeypatch: Any) -> None:
     """One that was asked for by name ends the command with the reason; by default it is left out, and that is told."""
     monkeypatch.setattr(bench_run, "why_not", lambda mode: "no ip_vs here" if mode == "ipvs" else "")
-    monkeypatch.setattr(bench_run, "_why_not_nested", lambda mode: "no UML here")
+    monkeypatch.setattr(bench_run, "why_not_nested", lambda mode: "no UML here")
     refused = bench("latency", "--modes", "iptables,ipvs")
     assert (refused.status, refused.out, refused.err) == (3, "", "error: no ip_vs here; no UML here\n")
     assert not fakes
