@@ -41,7 +41,7 @@ def first_answers(target: Target, duration_s: float) -> list[int]:
                 answer = connection.recv(256)
                 took.append(time.perf_counter_ns() - started)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-            if not answer.startswith(b"HTTP/1."):
+            if answer[:7] != b"HTTP/1." or answer[8:12] != b" 200":
                 raise KernelError(f"{target.address}:{target.http_port} answered {answer[:40]!r}")
             if time.perf_counter() >= end or len(took) >= _MOST:
                 return took

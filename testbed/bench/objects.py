@@ -19,7 +19,8 @@ from testbed.model.objects import Object
 
 NAMESPACE = "bench"
 HTTP_PORT, IPERF_PORT = 80, 5201
-HTTP_NODE_PORT, IPERF_NODE_PORT = 30080, 30521
+HTTP_NODE_PORT, IPERF_NODE_PORT = 31080, 31521
+INGRESS_NODE_PORT = 30080  # as in scenarios/ingress
 BALANCER_ADDRESS = IPv4Address("198.51.100.10")  # TEST-NET-2, RFC 5737
 CLIENT, NEAR, FAR = "client", "near", "far"
 INGRESS_HOST = "bench.example"

@@ -18,6 +18,8 @@ from testbed.bench.statistics import quantile
 from testbed.errors import ApiError, KernelError, LabError, TestbedError
 from testbed.kernel.pace import patient
 from testbed.lab.handle import Lab
+from testbed.manifests.objects import load_objects
+from testbed.manifests.topology import TOPOLOGIES
 from testbed.model.benchmark import Benchmark, Case, NetPath, Position, Workload
 from testbed.model.topology import Topology
 
@@ -30,6 +32,8 @@ _PROGRAM_WITHIN_S = patient(20)
 _LOOK_EVERY_S = 0.05
 _QUIET_S = 0.25
 """How long a change is left alone before we look: looking costs processor time that the nodes need."""
+_INGRESS = TOPOLOGIES.parent / "scenarios" / "ingress"
+_WEBHOOK_NOT_YET = (500, 503)
 _MODE_SECTIONS = ("iptables", "ipvs", "nftables")
 
 POD = f"{objects.NAMESPACE}/{objects.CLIENT}"
@@ -99,6 +103,9 @@ class LabSite:
         }
         if balanced:
             self._announce_balancer(node)
+        if NetPath.INGRESS in paths:
+            self._install_ingress()
+            self._fixed[NetPath.INGRESS] = Target(node, objects.INGRESS_NODE_PORT, host=objects.INGRESS_HOST)
         for path in paths:
             self._wait_for_answer(path, self._fixed[path])
 
@@ -108,6 +115,33 @@ class LabSite:
         self._lab.api.patch("services", objects.NAMESPACE, objects.FAR, status, subresource="status")
         argv = ["ip", "route", "replace", f"{objects.BALANCER_ADDRESS}/32", "via", node]
         self._run(self._outside, argv)
+
+    def _install_ingress(self) -> None:
+        """Install ingress-nginx as the scenario does, behind a port of each node; its pod is on the node that is asked."""
+        for name in ("ingress-nginx.yaml", "nodeport.yaml"):
+            for source in load_objects(_INGRESS / name):
+                obj = source.object
+                if obj["kind"] == "Deployment":
+                    pod = obj["spec"]["template"]["spec"]
+                    pod["nodeSelector"] = {"kubernetes.io/hostname": self._client_node}
+                self._lab.api.apply(obj)
+
+        def is_available() -> bool:
+            found = self._lab.api.get("deployments.apps", "ingress-nginx", "ingress-nginx-controller")
+            return bool(found.get("status", {}).get("availableReplicas"))
+
+        self._eventually(is_available, "the ingress controller is not available", READY_WITHIN_S)
+
+        def is_admitted() -> bool:
+            try:
+                self._lab.api.apply(objects.ingress_object())
+            except ApiError as error:
+                if error.code not in _WEBHOOK_NOT_YET:
+                    raise
+                return False
+            return True
+
+        self._eventually(is_admitted, "the ingress controller's webhook does not answer", READY_WITHIN_S)
 
     def _wait_for_pod(self, name: str) -> str:
         """Return a pod's address once it is ready."""

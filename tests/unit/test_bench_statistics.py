@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from testbed.bench.statistics import Range, fit_line, halves_agree, interval_of_median, quantile, relative_spread
 
-VALUES = st.lists(st.floats(0.001, 1e6), min_size=3, max_size=20)
+VALUES = st.lists(st.floats(0.001, 1e6), min_size=5, max_size=20)
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,9 @@ def test_interval_is_within_the_samples_and_repeatable(values: list[float]) -> N
     assert interval_of_median(values, "a") == found
 
 
-def test_two_samples_have_no_interval() -> None:
-    """Two samples say nothing about noise."""
-    assert interval_of_median([1, 2], "a") is None
+def test_four_samples_have_no_interval() -> None:
+    """Few samples say nothing about noise."""
+    assert interval_of_median([1, 2, 3, 4], "a") is None
 
 
 def test_interval_covers_the_truth() -> None:
@@ -79,16 +79,17 @@ def test_lines(slope: float, noise: float, rises: bool) -> None:
 
 
 def test_a_line_needs_three_places() -> None:
-    """Through two points there is always a line, so it proves nothing."""
-    assert fit_line({0: [1, 2, 3], 1000: [4, 5, 6]}, "a") is None
-    assert fit_line({0: [1], 1000: [4], 5000: []}, "a") is None
+    """Through two points there is always a line, so it proves nothing; nor do few samples at each."""
+    five = [1, 2, 3, 4, 5]
+    assert fit_line({0: five, 1000: five}, "a") is None
+    assert fit_line({0: five, 1000: five, 5000: five[:4]}, "a") is None
 
 
 def test_halves() -> None:
     """A run that drifts between even and odd rounds disagrees with itself; few rounds have no halves."""
-    assert halves_agree([10, 10.2, 10.1, 9.9, 10, 10.1, 9.8, 10], "a") is True
-    assert halves_agree([10, 20, 10, 20, 10, 20, 10, 20], "a") is False
-    assert halves_agree([10, 20, 10, 20, 10], "a") is None
+    assert halves_agree([10, 10.2, 10.1, 9.9, 10, 10.1, 9.8, 10, 10, 10], "a") is True
+    assert halves_agree([10, 20] * 5, "a") is False
+    assert halves_agree([10, 20] * 4, "a") is None
 
 
 def test_spread() -> None:
