@@ -103,7 +103,7 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     report(request.progress_fd, phase="api")
 
     nodes.start()
-    config = _dump(proxy_configuration(request.topology, request.proxy_mode))
+    config = dump_yaml(proxy_configuration(request.topology, request.proxy_mode))
     objects = system_objects(
         request.topology,
         proxy_config_text=config,
@@ -157,7 +157,8 @@ _Dumper.add_representer(
 )
 
 
-def _dump(document: Mapping[str, Any]) -> str:
+def dump_yaml(document: Mapping[str, Any]) -> str:
+    """Return a document as text, its keys sorted and '' in double quotes, as Kubernetes prints it."""
     return str(yaml.dump(document, Dumper=_Dumper))
 
 

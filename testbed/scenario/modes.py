@@ -34,8 +34,6 @@ def why_not(mode: str) -> str:
         return "proxy mode 'nftables' needs nft, which is not installed (apt-get install nftables)"
     if mode == "ipvs" and shutil.which("ipset") is None:
         return "proxy mode 'ipvs' needs ipset, which is not installed (apt-get install ipset ipvsadm)"
-    if mode == "ipvs" and (reason := why_no_ipvs()):
-        return f"proxy mode 'ipvs': {reason}; `testbed vm -- testbed …` runs it in a kernel that has it"
     return ""
 
 

@@ -9,27 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from testbed.kernel.pace import patient
-
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
 
 SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios").glob("*/scenario.yaml"))
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.parent.name)
 def test_scenario(path: Path) -> None:
-    """Every step of the scenario passes, in each proxy mode that this version and kernel can run."""
+    """Every step of the scenario passes, in each of its proxy modes; those that this kernel lacks run in the nested one."""
     command = [sys.executable, "-m", "testbed", "run", str(path.parent), "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)
-
-
-@pytest.mark.ipvs
-@pytest.mark.parametrize("name", ["quickstart", "affinity"])
-def test_scenario_in_ipvs_mode(name: str) -> None:
-    """The same file passes in ipvs mode, with the differences that it states."""
-    folder = SCENARIOS[0].parents[1] / name
-    command = [sys.executable, "-m", "testbed", "run", str(folder), "--proxy-mode", "ipvs", "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(120), check=False)
-    assert done.returncode == 0, done.stderr + done.stdout
