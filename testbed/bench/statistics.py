@@ -13,7 +13,7 @@ from statistics import fmean, median
 LEVEL = 0.95
 RESAMPLES = 2000
 LEAST_SAMPLES = 5
-"""Fewer say nothing about noise: of two times three samples of one thing, one in ten pairs does not overlap; of two times five, one in 126."""
+"""Fewer say nothing about noise: two sets of three samples of one thing lie apart in one case of ten, of five in one of 126."""
 
 
 @dataclass(frozen=True, slots=True)
