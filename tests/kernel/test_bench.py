@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import jsonschema
 import pytest
 
 from testbed.bench.results import Results, read_results, results_schema
+from testbed.kernel.modules import why_no_ipvs
 from testbed.lab.folder import list_records
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -136,3 +138,23 @@ def test_killed_in_the_middle(tmp_path: Path, eventually: Callable[..., object])
     assert not found.complete and found.reason.startswith("the run ended after ")
     assert len(found.series[0].samples) >= 2
     eventually(lambda: not labs(("nftables",)), within_s=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1700)
+@pytest.mark.skipif(shutil.which("linux.uml") is None, reason="no user-mode-linux")
+def test_two_kernels(tmp_path: Path) -> None:
+    """iptables here and ipvs in the nested kernel, of one command; with --one-kernel both in there."""
+    few = [*LATENCY, "--modes", "iptables,ipvs", "--samples", "1", "--paths", "clusterip", "--positions", "last"]
+    for words, wanted in (
+        ([], {("host", "iptables"), ("nested", "ipvs")}),
+        (["--one-kernel"], {("nested", "iptables"), ("nested", "ipvs")}),
+    ):
+        folder = tmp_path / f"out{len(words)}"
+        argv = [*TESTBED, *few, *words, "--report", str(folder)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=800, check=False)
+        assert done.returncode == 0, done.stderr
+        found = read_results(folder)
+        if why_no_ipvs():
+            assert {(one.machine, one.mode) for one in found.series} == wanted
+        assert all(one.median > 0 for one in found.series)

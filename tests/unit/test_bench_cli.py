@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from bench_world import FakeSite, a_machine, benchmark, run, write
 
 import testbed.cli.bench_run as bench_run
-from testbed.bench.results import read_results
+from testbed.bench.results import Results, read_results
 from testbed.bench.runner import Recording, record
 from testbed.bench.session import Listener, Session
 from testbed.cli.main import main
-from testbed.errors import LabError
+from testbed.errors import KernelError, LabError
 from testbed.model.benchmark import Benchmark, Case
 
 
@@ -224,6 +225,86 @@ def test_drafts(bench: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) ->
     ]  # fmt: skip
     assert [len(one.samples) for one in drafts[1].series if one.metric == "p50"] == [1] * 5
     assert read_results(Path("out")).complete
+
+
+# ── two kernels ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def nested(monkeypatch: pytest.MonkeyPatch, fakes: list[Benchmark]) -> list[tuple[str, ...]]:
+    """This kernel has no ip_vs, the nested one no NAT in nf_tables. Collects the modes that are measured in the nested one."""
+    asked: list[tuple[str, ...]] = []
+
+    def measure_nested(one: Benchmark, modes: tuple[str, ...], backend: str) -> tuple[Results, int]:
+        asked.append(modes)
+        return run(replace(one, proxy_modes=modes), machine=a_machine("nested", "6.1.176"), speed=0.2), 0
+
+    monkeypatch.setattr(bench_run, "why_not", lambda mode: "")
+    monkeypatch.setattr(bench_run, "why_not_here", lambda mode: "no ip_vs here" if mode == "ipvs" else "")
+    monkeypatch.setattr(bench_run, "why_not_nested", lambda mode: "no NAT there" if mode == "nftables" else "")
+    monkeypatch.setattr(bench_run, "measure_nested", measure_nested)
+    return asked
+
+
+def test_what_this_kernel_lacks_is_measured_in_the_nested_one(
+    bench: Callable[..., Ended], fakes: list[Benchmark], nested: list[tuple[str, ...]]
+) -> None:
+    """One result on two kernels: figures are marked, and no verdict is on both."""
+    assert bench("throughput", "--modes", "iptables,ipvs,nftables", "--report", "out").status == 0
+    assert nested == [("ipvs",)]
+    found = read_results(Path("out"))
+    assert [machine.id for machine in found.machines] == ["host", "nested"] and found.complete
+    assert {(one.machine, one.mode) for one in found.series} == {
+        ("host", "iptables"), ("host", "nftables"), ("nested", "ipvs"),
+    }  # fmt: skip
+    assert {(verdict.a, verdict.b) for verdict in found.verdicts} == {("iptables", "nftables")}
+    page = Path("out/report.html").read_text()
+    assert "ipvs (nested)" in page and "nested kernel, User-Mode Linux 6.1.176" in page
+
+
+def test_one_kernel(bench: Callable[..., Ended], fakes: list[Benchmark], nested: list[tuple[str, ...]]) -> None:
+    """All in the nested kernel; nftables cannot be, which is told, or refused when it was asked for by name."""
+    ended = bench("throughput", "--one-kernel", "--report", "out")
+    assert ended.status == 0 and fakes == [] and nested == [("userspace", "iptables", "ipvs")]
+    assert "nftables: no NAT there" in ended.out
+    found = read_results(Path("out"))
+    assert {(verdict.machine, verdict.a, verdict.b) for verdict in found.verdicts} == {
+        ("nested", "userspace", "iptables"), ("nested", "userspace", "ipvs"), ("nested", "iptables", "ipvs"),
+    }  # fmt: skip
+    refused = bench("throughput", "--one-kernel", "--modes", "ipvs,nftables")
+    assert (refused.status, refused.err) == (3, "error: no NAT there\n")
+
+
+def test_interrupted_inside(
+    bench: Callable[..., Ended], nested: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this kernel measured, and what the nested one had until then, is kept."""
+
+    def measure_nested(one: Benchmark, modes: tuple[str, ...], backend: str) -> tuple[Results, int]:
+        part = run(replace(one, proxy_modes=modes), machine=a_machine("nested", "6.1.176"))
+        return msgspec.structs.replace(part, complete=False, reason="interrupted after 3 of 36 samples"), 130
+
+    monkeypatch.setattr(bench_run, "measure_nested", measure_nested)
+    ended = bench("throughput", "--modes", "iptables,ipvs", "--report", "out", "-o", "json")
+    assert ended.status == 130
+    found = read_results(Path("out"))
+    assert (found.complete, found.reason) == (False, "interrupted after 3 of 36 samples")
+    assert {one.mode for one in found.series} == {"iptables", "ipvs"}
+
+
+def test_nested_kernel_that_ends(
+    bench: Callable[..., Ended], nested: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A nested kernel that does not boot costs its own modes only: the others' figures are written, and the status is 3."""
+
+    def measure_nested(one: Benchmark, modes: tuple[str, ...], backend: str) -> tuple[Results, int]:
+        raise KernelError("the nested kernel did not boot within 60 s")
+
+    monkeypatch.setattr(bench_run, "measure_nested", measure_nested)
+    ended = bench("throughput", "--modes", "iptables,ipvs", "--report", "out")
+    assert ended.status == 3 and ended.err.endswith("error: the nested kernel did not boot within 60 s\n")
+    found = read_results(Path("out"))
+    assert not found.complete and {one.mode for one in found.series} == {"iptables"}
 
 
 # ── compare ─────────────────────────────────────────────────────────────────────────────────────────────────────────
