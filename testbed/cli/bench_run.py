@@ -30,7 +30,7 @@ from testbed.manifests.benchmark import benchmark_document, load_benchmark, read
 from testbed.manifests.source import Document
 from testbed.manifests.topology import find_topology
 from testbed.model.benchmark import Benchmark, Workload
-from testbed.scenario.modes import check_mode, why_not, why_not_here
+from testbed.scenario.modes import check_mode
 from testbed.scenario.report import check_writable
 
 INTERRUPTED = 130
@@ -142,10 +142,6 @@ def _place(benchmark: Benchmark) -> Placement:
     if placement.skipped and (benchmark.modes_are_given or not (placement.here or placement.nested)):
         raise MissingFeature("; ".join(dict.fromkeys(one.reason for one in placement.skipped)))
     return placement
-
-
-def _why_not_here(mode: str) -> str:
-    return why_not(mode) or why_not_here(mode)
 
 
 def run_inside(order: str) -> int:

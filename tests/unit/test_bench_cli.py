@@ -120,7 +120,8 @@ def test_bad_options(bench: Callable[..., Ended], words: list[str], error: str) 
 
 def test_a_mode_that_cannot_run(bench: Callable[..., Ended], fakes: list[Benchmark], monkeypatch: Any) -> None:
     """One that was asked for by name ends the command with the reason; by default it is left out, and that is told."""
-    monkeypatch.setattr(bench_run, "why_not", lambda mode: "no ip_vs here" if mode == "ipvs" else "")
+    monkeypatch.setattr(bench_run, "why_not", lambda mode: "not built yet" if mode == "userspace" else "")
+    monkeypatch.setattr(bench_run, "why_not_here", lambda mode: "no ip_vs here" if mode == "ipvs" else "")
     monkeypatch.setattr(bench_run, "why_not_nested", lambda mode: "no UML here")
     refused = bench("latency", "--modes", "iptables,ipvs")
     assert (refused.status, refused.out, refused.err) == (3, "", "error: no ip_vs here; no UML here\n")
@@ -128,8 +129,11 @@ def test_a_mode_that_cannot_run(bench: Callable[..., Ended], fakes: list[Benchma
     ended = bench("latency", "--samples", "1", "--services", "1", "-o", "json", "--no-report")
     assert ended.status == 0
     found = json.loads(ended.out)
-    assert found["skipped"] == [{"mode": "ipvs", "what": "", "reason": "no ip_vs here; no UML here"}]
-    assert {one["mode"] for one in found["series"]} == {"userspace", "iptables", "nftables"}
+    assert found["skipped"] == [
+        {"mode": "userspace", "what": "", "reason": "not built yet"},
+        {"mode": "ipvs", "what": "", "reason": "no ip_vs here; no UML here"},
+    ]
+    assert {one["mode"] for one in found["series"]} == {"iptables", "nftables"}
 
 
 def test_unwritable_report_folder(bench: Callable[..., Ended], fakes: list[Benchmark]) -> None:
