@@ -30,7 +30,7 @@ from testbed.manifests.benchmark import benchmark_document, load_benchmark, read
 from testbed.manifests.source import Document
 from testbed.manifests.topology import find_topology
 from testbed.model.benchmark import Benchmark, Workload
-from testbed.scenario.modes import check_mode
+from testbed.scenario.modes import check_mode, why_not, why_not_here
 from testbed.scenario.report import check_writable
 
 INTERRUPTED = 130
@@ -136,8 +136,8 @@ def _place(benchmark: Benchmark) -> Placement:
     placement = place_modes(
         benchmark.proxy_modes,
         one_kernel=benchmark.one_kernel,
-        why_not_here=_why_not_here,
-        why_not_nested=why_not_nested,
+        why_not_here=lambda mode: why_not(mode) or why_not_here(mode),
+        why_not_nested=lambda mode: why_not(mode) or why_not_nested(mode),
     )
     if placement.skipped and (benchmark.modes_are_given or not (placement.here or placement.nested)):
         raise MissingFeature("; ".join(dict.fromkeys(one.reason for one in placement.skipped)))
