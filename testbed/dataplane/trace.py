@@ -32,6 +32,7 @@ class Packet:
     port: int
     protocol: str = "tcp"
     interface: str = ""
+    is_bridged: bool = False  # it came in by a port of a bridge
 
 
 class Verdict(Enum):
@@ -41,6 +42,7 @@ class Verdict(Enum):
     DROP = "DROP"
     REJECT = "REJECT"
     ACCEPT = "ACCEPT"  # a rule lets it in, its destination unchanged
+    CLOSED = "closed"  # userspace mode: accepted, and closed at once
     NONE = "none"  # no rule is about it
 
 
@@ -99,6 +101,12 @@ class Node:
     @classmethod
     def of(cls, *addresses: str) -> Node:
         return cls(frozenset(IPv4Address(address) for address in addresses))
+
+    @property
+    def redirect_address(self) -> IPv4Address:
+        """An address that REDIRECT may lead to: of all, the link decides which that a packet came in by."""
+        own = sorted(address for address in self.addresses if address not in _LOOPBACK)
+        return own[0] if own else IPv4Address("127.0.0.1")
 
     def owns(self, address: IPv4Address) -> bool:
         return address in self.addresses or address in _LOOPBACK
@@ -163,6 +171,10 @@ def _parse_rule(line: str, words: list[str]) -> Rule:
             continue
         if word in _FLAGS:
             continue
+        if word == "--physdev-is-in":
+            matches.append(_bridged(negated))
+            negated = False
+            continue
         if word in ("--rcheck", "--set"):
             if word == "--rcheck":
                 matches.append(_perhaps)
@@ -184,7 +196,7 @@ def _parse_rule(line: str, words: list[str]) -> Rule:
 
 _FLAGS = frozenset({"--random-fully", "--reap", "--rsource", "--rdest"})
 _IGNORED = frozenset({"-m", "--comment", "--mode", "--name", "--mask", "--seconds", "--reject-with", "-c"})
-_TARGET_OPTIONS = frozenset({"--to-destination", "--set-xmark", "--or-mark", "--xor-mark", "--set-mark"})
+_TARGET_OPTIONS = frozenset({"--to-destination", "--to-ports", "--set-xmark", "--or-mark", "--xor-mark", "--set-mark"})
 
 
 def _sure(holds: bool) -> _Maybe:
@@ -242,6 +254,10 @@ def _connection(value: str, negated: bool) -> _Match:
     return matches
 
 
+def _bridged(negated: bool) -> _Match:
+    return lambda state, node: _sure(state.packet.is_bridged != negated)
+
+
 def _mark(value: str, negated: bool) -> _Match:
     wanted, _, mask = value.partition("/")
     want, bits = int(wanted, 0), int(mask or "0xffffffff", 0)
@@ -261,6 +277,7 @@ _MATCHES: dict[str, Callable[[str, bool], _Match]] = {
     "--dst-type": _destination_type,
     "--src-type": _source_type,
     "--ctstate": _connection,
+    "--state": _connection,
     "--mark": _mark,
     "--probability": _chance,
 }
@@ -300,6 +317,11 @@ class _Walker:
                 address, _, port = endpoint.rpartition(":")
                 moved = replace(state, endpoint=endpoint, destination=IPv4Address(address), port=int(port))
                 yield _ACCEPTED, moved
+                return
+            if rule.target == "REDIRECT":
+                port = rule.argument.split(" ", 1)[1]
+                address = self._node.redirect_address
+                yield _ACCEPTED, replace(state, endpoint=f"{address}:{port}", destination=address, port=int(port))
                 return
             if rule.target == "MASQUERADE":
                 yield _ACCEPTED, replace(state, masquerade=True)

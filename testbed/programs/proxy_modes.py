@@ -18,8 +18,9 @@ from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import NodeView
 from testbed.programs.proxy_iptables import IptablesProxier, clean_up
 from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_tables
+from testbed.programs.proxy_userspace import UserspaceProxier, clean_up_userspace
 
-MODES = ("iptables", "nftables")
+MODES = ("iptables", "nftables", "userspace")
 
 
 class Proxier(Protocol):
@@ -59,6 +60,9 @@ def make_proxier(
     if config.mode == "iptables":
         tools = Iptables(runner, detect_backend(runner, backend), **({"lock_file": lock_file} if lock_file else {}))
         return IptablesProxier(tools, clean_every_s=config.sync_period_s)
+    if config.mode == "userspace":
+        tools = Iptables(runner, detect_backend(runner, backend), **({"lock_file": lock_file} if lock_file else {}))
+        return UserspaceProxier(tools, config)
     if config.mode == "nftables":
         release = os.uname().release
         check_kernel(runner, release, skip_version=bool(os.environ.get(SKIP_VERSION)))
@@ -72,14 +76,19 @@ def clean_up_other_modes(config: KubeProxyConfig, runner: Runner, backend: str =
     """Remove what another mode left that is certainly not in use.
 
     nftables mode removes what iptables mode wrote, the others the nftables tables. iptables and ipvs share chains, and
-    leave each other's.
+    leave each other's. All but userspace mode remove its rules, which lead to ports that nobody listens on any more, and
+    userspace mode removes everybody's.
 
     Raises:
         KernelError: a tool refused.
     """
     if config.mode == "nftables":
         _clean_up_iptables(runner, backend)
+    elif config.mode == "userspace":
+        _clean_up_iptables(runner, backend, userspace=False)
+        remove_tables(runner)
     else:
+        _clean_up_userspace(runner, backend)
         remove_tables(runner)
 
 
@@ -93,10 +102,18 @@ def clean_up_all(runner: Runner, backend: str = "") -> None:
     remove_tables(runner)
 
 
-def _clean_up_iptables(runner: Runner, backend: str) -> None:
+def _clean_up_iptables(runner: Runner, backend: str, *, userspace: bool = True) -> None:
     try:
         iptables = Iptables(runner, detect_backend(runner, backend))
         if "KUBE-" in iptables.save():
             clean_up(iptables)
+            if userspace:
+                clean_up_userspace(iptables)
     except MissingFeature:
         return  # then nobody wrote anything with it
+
+
+def _clean_up_userspace(runner: Runner, backend: str) -> None:
+    iptables = Iptables(runner, detect_backend(runner, backend))
+    if "KUBE-PORTALS-" in iptables.save():
+        clean_up_userspace(iptables)

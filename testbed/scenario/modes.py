@@ -7,7 +7,7 @@ import shutil
 from testbed.errors import InputError, MissingFeature
 from testbed.model.topology import PROXY_MODES
 
-IMPLEMENTED = ("iptables", "nftables")
+IMPLEMENTED = ("iptables", "nftables", "userspace")
 
 
 def check_mode(mode: str) -> str:
