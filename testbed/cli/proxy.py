@@ -15,6 +15,7 @@ from testbed.dataplane.iptables import make_settings, render_full
 from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings, render_table
 from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
 from testbed.dataplane.trace_nftables import trace_nftables
+from testbed.dataplane.userspace import make_userspace_settings, render_node, stand_in_ports, trace_userspace
 from testbed.errors import InputError, MissingFeature
 from testbed.kernel.addresses import list_local_addresses
 from testbed.kernel.runner import SubprocessRunner
@@ -26,6 +27,7 @@ from testbed.programs.proxy_modes import MODES, clean_up_all, clean_up_other_mod
 _ENDS = {
     Verdict.DROP: "dropped: the client waits until its time is over",
     Verdict.REJECT: "refused: the client is told at once (ICMP port unreachable; TCP clients see `connection refused`)",
+    Verdict.CLOSED: "accepted by kube-proxy, and closed at once: there is no endpoint",
     Verdict.ACCEPT: "let in, its destination unchanged",
     Verdict.NONE: "not kube-proxy's: no rule is about it, it goes where routing sends it",
 }
@@ -51,15 +53,35 @@ def read_input(files: Sequence[Path], node: str, mode: str | None, config: Path 
 
 
 def render(given: ProxyInput) -> str:
-    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet."""
+    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet.
+
+    Userspace mode: the first ports of portRange stand for those that kube-proxy draws, and words where the kernel chooses.
+    """
     if given.config.mode == "nftables":
         settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
         return render_table(given.state, settings)
+    if given.config.mode == "userspace":
+        first, last = given.config.port_range or (0, 0)
+        ports = stand_in_ports(given.state, first)
+        if first and len(ports) > last - first + 1:
+            raise InputError(f"portRange {first}-{last} has too few ports for {len(ports)} Service ports")
+        where = f"drawn from {first}-{last}" if first else "chosen by the kernel"
+        note = f"# proxy ports are {where} when kube-proxy runs; these stand for them\n"
+        return note + render_node(given.state, make_userspace_settings(given.config, given.node), ports)
     return render_full(given.state, make_settings(given.config, given.node, given.addresses)).text
 
 
 def sync(given: ProxyInput, backend: str) -> int:
-    """Program the network namespace of this process once; return 0, or 3 when a Service was refused."""
+    """Program the network namespace of this process once; return 0, or 3 when a Service was refused.
+
+    Raises:
+        InputError: userspace mode: there would be nobody at the ports that the rules lead to.
+    """
+    if given.config.mode == "userspace":
+        raise InputError(
+            "userspace mode cannot be written once: its rules lead to ports that only a running kube-proxy listens on; "
+            "`testbed up --proxy-mode userspace` runs one on each node, `testbed proxy render` prints the rules"
+        )
     runner = SubprocessRunner()
     clean_up_other_modes(given.config, runner, backend)
     prepare_node(given.config, given.node.name, lambda line: click.echo(f"warning: {line}", err=True))
@@ -81,6 +103,8 @@ def clean_up(backend: str) -> None:
     clean_up_all(SubprocessRunner(), backend)
 
 
+#: Stands for the proxy port of the first Service port, in walks through userspace mode's rules.
+_EXPLAIN_PORT = 40001
 _TARGET = re.compile(r"([\d.]+):(\d+)(?:/(tcp|udp|sctp))?")
 
 
@@ -118,6 +142,11 @@ def find_fate(given: ProxyInput, packet: Packet) -> Fate:
             renderer = NftablesRenderer(settings)
             renderer.full(given.state, None)
             return trace_nftables(renderer.wanted(), packet, here)
+        if given.config.mode == "userspace":
+            ports = stand_in_ports(given.state, _EXPLAIN_PORT)
+            text = render_node(given.state, make_userspace_settings(given.config, given.node), ports)
+            names = {int(port): name for name, port in ports.items()}
+            return trace_userspace(parse_rules(text), packet, here, given.state, names)
         return trace(parse_rules(render(given)), packet, here)
     except ValueError as error:
         raise InputError(f"cannot follow the packet: {error}") from error
@@ -152,9 +181,10 @@ def explain_text(given: ProxyInput, packet: Packet, fate: Fate) -> str:
         "",
     ]
     if fate.verdict is Verdict.ENDPOINT:
-        chance = f", one of {len(fate.endpoints)} by chance" if len(fate.endpoints) > 1 else ""
+        how = "in turn" if mode == "userspace" else "by chance"
+        chance = f", one of {len(fate.endpoints)} {how}" if len(fate.endpoints) > 1 else ""
         lines.append(f"fate    {paint(' or '.join(fate.endpoints))}{chance}")
-        lines.append(f"source  {_seen_source(packet, fate)}")
+        lines.append(f"source  {_seen_source(packet, fate, mode)}")
     else:
         lines.append(f"fate    {paint(_ENDS[fate.verdict])}")
     return "\n".join(lines)
@@ -175,7 +205,9 @@ def _walk(rules: Sequence[str]) -> list[str]:
     return lines
 
 
-def _seen_source(packet: Packet, fate: Fate) -> str:
+def _seen_source(packet: Packet, fate: Fate, mode: str) -> str:
+    if mode == "userspace":
+        return "hidden (kube-proxy connects on its own): the endpoint sees an address of the node"
     if not fate.masquerade:
         return f"kept: the endpoint sees {packet.source}"
     if any(endpoint.startswith(f"{packet.source}:") for endpoint in fate.endpoints) and len(fate.endpoints) > 1:

@@ -320,8 +320,8 @@ class _Walker:
                 return
             if rule.target == "REDIRECT":
                 port = rule.argument.split(" ", 1)[1]
-                address = self._node.redirect_address
-                yield _ACCEPTED, replace(state, endpoint=f"{address}:{port}", destination=address, port=int(port))
+                own = self._node.redirect_address
+                yield _ACCEPTED, replace(state, endpoint=f"{own}:{port}", destination=own, port=int(port))
                 return
             if rule.target == "MASQUERADE":
                 yield _ACCEPTED, replace(state, masquerade=True)

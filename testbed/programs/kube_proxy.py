@@ -806,11 +806,11 @@ def _run_on_node(
     faces = Faces(health, metrics, config, log, args.get("config") or {})
     faces.open_metrics()
     events = Events(ApiClient(socket_path), node, log)
-    answering = {"answering": proxier.answering} if isinstance(proxier, UserspaceProxier) else {}
     loop = ProxyLoop(
         config, node, proxier,
         health=health, metrics=metrics, flows=KernelFlows(), links=KernelLinks(), log=log, tell=events.tell,
-        on_health_checks=faces.show_health_checks, **answering,
+        on_health_checks=faces.show_health_checks,
+        answering=proxier.answering if isinstance(proxier, UserspaceProxier) else lambda state: state,
     )  # fmt: skip
     if isinstance(proxier, UserspaceProxier):
 

@@ -5,7 +5,7 @@ Order matters: a port is served before a rule leads to it, and a rule is gone be
 
 from __future__ import annotations
 
-import random
+import secrets
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -42,6 +42,7 @@ from testbed.model.service import NodeView, ServicePort, ServicePortName
 from testbed.model.service import Protocol as Transport
 from testbed.programs.userspace_loop import Notice
 from testbed.programs.userspace_process import CopyProcess
+from testbed.programs.userspace_udp import IP_PKTINFO
 
 _BACKLOG: Final = 4096  # net.core.somaxconn, which is what Go listens with
 _RECEIVE_BYTES: Final = 4 << 20  # of a UDP port: a burst of thousands of clients
@@ -88,6 +89,7 @@ class NodeSockets:
         opened = self._open(protocol)
         try:
             if protocol is Transport.UDP:
+                opened.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
                 try:
                     opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
                 except OSError:
@@ -179,7 +181,7 @@ class UserspaceProxier:
         local_addresses: Callable[[], Iterable[IPv4Address]] = list_local_addresses,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        choose: Callable[[Sequence[int]], int] = random.SystemRandom().choice,
+        choose: Callable[[Sequence[int]], int] = secrets.choice,
     ) -> None:
         #: Told what the copying process has to say, from a thread; set by whoever has a log and events.
         self.on_notice: Callable[[Notice], None] = lambda notice: None

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -131,7 +132,10 @@ class CopyProcess:
                 with contextlib.suppress(OSError):
                     end.setsockopt(socket.SOL_SOCKET, option, 4 * MESSAGE_BYTES)
         parent = os.getpid()
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of locks that other threads hold: the child takes none of theirs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
         if self.pid == 0:
             self._be_process(theirs, parent)
         theirs.close()

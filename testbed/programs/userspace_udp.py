@@ -17,7 +17,7 @@ from testbed.programs.userspace_tcp import EXHAUSTED
 
 _DATAGRAM_BYTES: Final = 4096
 _AT_ONCE: Final = 256
-_IP_PKTINFO: Final = 8  # linux/in.h: on receipt the address it was sent to, on sending the one it is to come from
+IP_PKTINFO: Final = 8  # linux/in.h: on receipt the address it was sent to, on sending the one it is to come from
 _PKTINFO_BYTES: Final = 12
 _SOCKET: Final = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _ANCILLARY: Final = socket.CMSG_SPACE(_PKTINFO_BYTES)
@@ -102,7 +102,6 @@ class UdpPort:
         self._rotation = rotation
         self._clients: dict[_Key, _Client] = {}
         listener.setblocking(False)
-        listener.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         loop.watch(listener.fileno(), self, select.EPOLLIN)
 
     def on_event(self, fd: int, events: int) -> None:
@@ -172,7 +171,7 @@ class UdpPort:
     def answer(self, client: _Client) -> None:
         """Pass an endpoint's datagrams on to the client, from the address that it had sent to."""
         address, port, sent_to = client.key
-        origin = [(socket.IPPROTO_IP, _IP_PKTINFO, b"\0\0\0\0" + sent_to + b"\0\0\0\0")]
+        origin = [(socket.IPPROTO_IP, IP_PKTINFO, b"\0\0\0\0" + sent_to + b"\0\0\0\0")]
         for _ in range(_AT_ONCE):
             try:
                 length = client.socket.recv_into(_buffer)
