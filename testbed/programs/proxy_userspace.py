@@ -214,6 +214,14 @@ class UserspaceProxier:
             self._process.start()
             self._has_started = True
 
+    def stop(self) -> None:
+        """End the copying process and close all ports. Rules stay, as upstream leaves them."""
+        self._process.stop()
+        for claim in self._claims.values():
+            claim.socket.close()
+        for served in self._served.values():
+            served.listener.close()
+
     def make_settings(
         self,
         config: KubeProxyConfig,
