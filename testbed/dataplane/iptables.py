@@ -208,7 +208,7 @@ def saved_form(line: str) -> str:
         elif word in ("-m", "-j", "--dport", "--to-destination", "--ctstate", "--dst-type", "--src-type", "--mode"):
             rest.append(f"{negation}{word} {value}")
         else:
-            rest.append(word)
+            rest.append(f"{negation}{word}")
             taken = 1
         negation = ""
         index += taken

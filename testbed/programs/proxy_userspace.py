@@ -412,7 +412,8 @@ class UserspaceProxier:
         try:
             self._iptables.apply(text)
         except (RulesRejected, CommandError):
-            self._iptables.apply(render_changes(remove, ()))
+            # Is it the tool or a rule? An empty transaction is refused by the tool only.
+            self._iptables.apply(render_changes(remove, ()) or "*nat\nCOMMIT\n")
             refused = self._add_each(set(add))
         for name, served in self._served.items():
             served.installed = () if name in refused else served.rules
