@@ -32,7 +32,7 @@ class Packet:
     port: int
     protocol: str = "tcp"
     interface: str = ""
-    is_bridged: bool = False  # it came in by a port of a bridge
+    is_bridged: bool = False  # came in by a port of a bridge, as a pod's packets do
 
 
 class Verdict(Enum):
@@ -170,9 +170,8 @@ def _parse_rule(line: str, words: list[str]) -> Rule:
             negated = True
             continue
         if word in _FLAGS:
-            continue
-        if word == "--physdev-is-in":
-            matches.append(_bridged(negated))
+            if word == "--physdev-is-in":
+                matches.append(_bridged(negated))
             negated = False
             continue
         if word in ("--rcheck", "--set"):
@@ -194,7 +193,7 @@ def _parse_rule(line: str, words: list[str]) -> Rule:
     return Rule(line, tuple(matches), target, argument)
 
 
-_FLAGS = frozenset({"--random-fully", "--reap", "--rsource", "--rdest"})
+_FLAGS = frozenset({"--physdev-is-in", "--random-fully", "--reap", "--rsource", "--rdest"})
 _IGNORED = frozenset({"-m", "--comment", "--mode", "--name", "--mask", "--seconds", "--reject-with", "-c"})
 _TARGET_OPTIONS = frozenset({"--to-destination", "--to-ports", "--set-xmark", "--or-mark", "--xor-mark", "--set-mark"})
 
@@ -254,14 +253,15 @@ def _connection(value: str, negated: bool) -> _Match:
     return matches
 
 
-def _bridged(negated: bool) -> _Match:
-    return lambda state, node: _sure(state.packet.is_bridged != negated)
-
-
 def _mark(value: str, negated: bool) -> _Match:
     wanted, _, mask = value.partition("/")
     want, bits = int(wanted, 0), int(mask or "0xffffffff", 0)
     return lambda state, node: _sure((state.mark & bits == want) != negated)
+
+
+def _bridged(negated: bool) -> _Match:
+    """The packet came in by a port of a bridge: it does when it comes from a pod, which has a port on cni0."""
+    return lambda state, node: _sure(state.packet.is_bridged != negated)
 
 
 def _chance(value: str, negated: bool) -> _Match:

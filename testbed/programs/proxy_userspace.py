@@ -5,6 +5,7 @@ Order matters: a port is served before a rule leads to it, and a rule is gone be
 
 from __future__ import annotations
 
+import math
 import secrets
 import socket
 import time
@@ -236,6 +237,11 @@ class UserspaceProxier:
         self._full_due = True
 
     @property
+    def pid(self) -> int:
+        """The process that copies, 0 while there is none."""
+        return self._process.pid
+
+    @property
     def ports(self) -> dict[ServicePortName, int]:
         """The proxy port of each service port."""
         return {name: served.port for name, served in self._served.items()}
@@ -443,6 +449,10 @@ class UserspaceProxier:
         for rule in added:
             written[rule.table] += 1
         return RestorePayload(text, rules, written, (0, 0))
+
+    def tend(self) -> float:
+        """Return in how many seconds time alone makes something due: the copying process sees to that itself."""
+        return math.inf
 
     def find_damage(self) -> str:
         """Return in a few words what of the last sync is no longer in the kernel, or ''."""
