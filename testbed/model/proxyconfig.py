@@ -306,10 +306,9 @@ def _port_range(reader: _Reader) -> tuple[int, int] | None:
 
 def _udp_idle_timeout_s(reader: _Reader) -> float:
     idle_s = reader.seconds("udpIdleTimeout", 0.25)
-    if idle_s <= 0:
+    if idle_s < 0:
         reader.complain("udpIdleTimeout", f"{idle_s:g}s", "must be greater than 0")
-        return 0.25
-    return idle_s
+    return idle_s if idle_s > 0 else 0.25  # 0 means the default, and is what kubeadm writes
 
 
 def _feature_gates(reader: _Reader) -> dict[str, bool]:
