@@ -12,6 +12,7 @@ from testbed.cli.main import cli
 from testbed.errors import InputError, ManifestError, MissingFeature
 
 CASES = Path(__file__).parents[1] / "golden" / "kube-proxy"
+_HIDDEN = "source  hidden (kube-proxy connects on its own): the endpoint sees an address of the node"
 LOCAL = str(CASES / "loadbalancer-local.yaml")
 
 
@@ -209,7 +210,7 @@ def test_userspace_mode(tmp_path: Path) -> None:
     ("case", "ends"),
     [
         pytest.param("nodeport.yaml", ["fate    10.244.1.10:80 or 10.244.2.9:80 or 10.244.3.100:80, one of 3 in turn",
-                                       "source  hidden (kube-proxy connects on its own): the endpoint sees an address of the node"],
+                                       _HIDDEN],
                      id="endpoints"),
         pytest.param("nodeport-no-endpoints.yaml", ["fate    accepted by kube-proxy, and closed at once: there is no endpoint"],
                      id="none"),
