@@ -49,6 +49,7 @@ from testbed.programs.proxy_modes import Proxier, clean_up_all, clean_up_other_m
 from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
 from testbed.programs.proxy_userspace import Unserved, UserspaceProxier
 from testbed.programs.userspace_loop import Notice
+from testbed.programs.userspace_process import OPEN_FILES, set_open_files
 
 __all__ = ["ProxyLoop", "Watcher", "main", "make_proxier", "parse_command", "sync_once"]
 
@@ -778,6 +779,8 @@ def main(args: Mapping[str, Any]) -> int:
         proxier = make_proxier(config, runner, backend, lock_file=lock_file)
         clean_up_other_modes(config, runner, backend)
         if isinstance(proxier, UserspaceProxier) and not args.get("init_only"):
+            if (most := set_open_files(OPEN_FILES)) < OPEN_FILES:
+                log(f"userspace mode wants {OPEN_FILES} file descriptors, this machine lets it have {most}")
             proxier.start()
     except TestbedError as error:
         log(str(error))

@@ -30,6 +30,8 @@ from testbed.programs.userspace_loop import MESSAGE_BYTES, Notice, serve
 _BACK_OFF_FIRST_S: Final = 0.05
 _BACK_OFF_LAST_S: Final = 1.0
 _LIVED_LONG_S: Final = 10.0
+#: How long it may take to take a message.
+_ANSWER_S: Final = 10.0
 #: As upstream's, proxier.go: 64 * 1000.
 OPEN_FILES: Final = 64_000
 _SO_SNDBUFFORCE: Final = 32
@@ -122,8 +124,12 @@ class CopyProcess:
     def _send(self, message: list[Any], descriptors: Sequence[int] = ()) -> None:
         if self._channel is None:
             return  # it is being started, and will be told everything
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
             socket.send_fds(self._channel, [json.dumps(message).encode()], list(descriptors))
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGKILL)  # it hangs: the next one will be told
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has just ended
 
     def _fork(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -131,6 +137,7 @@ class CopyProcess:
             for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
                 with contextlib.suppress(OSError):
                     end.setsockopt(socket.SOL_SOCKET, option, 4 * MESSAGE_BYTES)
+        ours.settimeout(_ANSWER_S)
         parent = os.getpid()
         with warnings.catch_warnings():
             # Python 3.12 warns of locks that other threads hold: the child takes none of theirs.
@@ -188,6 +195,8 @@ class CopyProcess:
         while True:
             try:
                 data = channel.recv(MESSAGE_BYTES)
+            except TimeoutError:
+                continue
             except OSError:
                 return
             if not data:
