@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -196,9 +195,7 @@ def test_killed_and_started_again(api: ApiClient, node: NodeNamespace, here: Nod
     dead = save(node, Backend.LEGACY).split("--to-ports ", 1)[1].split()[0]
     node.ready_file.unlink()
     start(node, Backend.LEGACY, eventually, config=USERSPACE)
-    ready_s = time.monotonic()
-    eventually(lambda: here.ask("172.30.0.41", 80) == "one")
-    assert time.monotonic() - ready_s < 1
+    assert here.ask("172.30.0.41", 80) == "one"  # ready means that the rules lead to its own ports
     assert f"--to-ports {dead}" not in save(node, Backend.LEGACY)
 
 

