@@ -12,8 +12,10 @@ from pathlib import Path
 import click
 
 from testbed.dataplane.iptables import make_settings, render_full
+from testbed.dataplane.ipvs import IpvsRenderer, make_ipvs_settings, render_document
 from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings, render_table
 from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
+from testbed.dataplane.trace_ipvs import IpvsTracer
 from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.dataplane.userspace import make_userspace_settings, render_node, stand_in_ports, trace_userspace
 from testbed.errors import InputError, MissingFeature
@@ -22,7 +24,7 @@ from testbed.kernel.runner import SubprocessRunner
 from testbed.model.topology import PROXY_MODES
 from testbed.programs.kube_proxy import prepare_node, sync_once
 from testbed.programs.proxy_input import ProxyInput, read_proxy_input
-from testbed.programs.proxy_modes import MODES, clean_up_all, clean_up_other_modes
+from testbed.programs.proxy_modes import clean_up_all, clean_up_other_modes
 
 _ENDS = {
     Verdict.DROP: "dropped: the client waits until its time is over",
@@ -38,28 +40,25 @@ def read_input(files: Sequence[Path], node: str, mode: str | None, config: Path 
 
     Raises:
         InputError: there is no such mode, or the files are wrong.
-        MissingFeature: this version does not know the mode's rules.
     """
     if mode is not None and mode not in PROXY_MODES:
         raise InputError(f"there is no proxy mode {mode!r}; the modes are {', '.join(PROXY_MODES)}")
     found = read_proxy_input(files, node=node, mode=mode, config=config)
-    if found.config.mode not in MODES:
-        raise MissingFeature(
-            f"proxy mode {found.config.mode!r} is not built yet: this version knows {' and '.join(MODES)}"
-        )
     for warning in found.warnings:
         click.echo(str(warning), err=True)
     return found
 
 
 def render(given: ProxyInput) -> str:
-    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet.
+    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet; of ipvs mode, all it makes.
 
     Userspace mode: the first ports of portRange stand for those that kube-proxy draws, and words where the kernel chooses.
     """
     if given.config.mode == "nftables":
         settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
         return render_table(given.state, settings)
+    if given.config.mode == "ipvs":
+        return render_document(given.state, make_ipvs_settings(given.config, given.node, given.addresses))
     if given.config.mode == "userspace":
         first, last = given.config.port_range or (0, 0)
         ports = stand_in_ports(given.state, first)
@@ -83,18 +82,18 @@ def sync(given: ProxyInput, backend: str) -> int:
             "`testbed up --proxy-mode userspace` runs one on each node, `testbed proxy render` prints the rules"
         )
     runner = SubprocessRunner()
-    clean_up_other_modes(given.config, runner, backend)
     prepare_node(given.config, given.node.name, lambda line: click.echo(f"warning: {line}", err=True))
     report = sync_once(
         given.config, given.node, given.services, given.slices, runner=runner, backend=backend,
         local_addresses=list_local_addresses(), service_cidrs=given.service_cidrs,
     )  # fmt: skip
+    clean_up_other_modes(given.config, runner, backend)  # last: where this mode is not to be had, what is there stays
     for name, reason in report.refused.items():
         click.echo(f"error: service {name} ({name.protocol}) is left out: {reason}", err=True)
-    lines = len(report.payload.text.splitlines())
-    click.echo(
-        f"{given.config.mode}: {f'{lines} lines written' if lines else 'nothing to write: all is as it should be'}"
-    )
+    lines, changes = len(report.payload.text.splitlines()), getattr(report.payload, "changes", 0)
+    done = [f"{changes} objects changed"] if changes else []
+    done += [f"{lines} lines written"] if lines else []
+    click.echo(f"{given.config.mode}: {', '.join(done) or 'nothing to write: all is as it should be'}")
     return MissingFeature.exit_status if report.refused else 0
 
 
@@ -139,9 +138,13 @@ def find_fate(given: ProxyInput, packet: Packet) -> Fate:
     try:
         if given.config.mode == "nftables":
             settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
-            renderer = NftablesRenderer(settings)
-            renderer.full(given.state, None)
-            return trace_nftables(renderer.wanted(), packet, here)
+            table = NftablesRenderer(settings)
+            table.full(given.state, None)
+            return trace_nftables(table.wanted(), packet, here)
+        if given.config.mode == "ipvs":
+            renderer = IpvsRenderer(make_ipvs_settings(given.config, given.node, given.addresses))
+            renderer.update(given.state)
+            return IpvsTracer(renderer, here).trace(packet)
         if given.config.mode == "userspace":
             ports = stand_in_ports(given.state, _EXPLAIN_PORT)
             text = render_node(given.state, make_userspace_settings(given.config, given.node), ports)
@@ -181,7 +184,8 @@ def explain_text(given: ProxyInput, packet: Packet, fate: Fate) -> str:
         "",
     ]
     if fate.verdict is Verdict.ENDPOINT:
-        how = "in turn" if mode == "userspace" else "by chance"
+        ways = {"userspace": "in turn", "ipvs": f"as scheduler {given.config.ipvs.scheduler} chooses"}
+        how = ways.get(mode, "by chance")
         chance = f", one of {len(fate.endpoints)} {how}" if len(fate.endpoints) > 1 else ""
         lines.append(f"fate    {paint(' or '.join(fate.endpoints))}{chance}")
         lines.append(f"source  {_seen_source(packet, fate, mode)}")

@@ -16,7 +16,7 @@ from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.dataplane.userspace import trace_userspace
 from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.service import parse_network, parse_node
-from testbed.programs.proxy_modes import MODES, clean_up_other_modes, make_proxier
+from testbed.programs.proxy_modes import clean_up_other_modes, make_proxier
 from testbed.programs.proxy_userspace import UserspaceProxier
 
 pytestmark = pytest.mark.root
@@ -150,7 +150,7 @@ def world() -> Iterator[World]:
         yield world
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=["iptables", "nftables", "userspace"])  # ipvs: test_ipvs_packets.py
 def programmed(request: pytest.FixtureRequest, world: World) -> Iterator[Programmed]:
     """The node in one mode after the other: each removes what the other wrote."""
     programmed = Programmed(world, request.param)
