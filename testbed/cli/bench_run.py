@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace as replace_fields
 
 from testbed.bench.assemble import join, judged, results_of, write_data, write_report
 from testbed.bench.compare import as_dict, compare
@@ -211,10 +212,11 @@ class _Run:
         self.narrator.step(f"starting the nested kernel for {modes}")
         self._save_draft()
         self.narrator.clear()
-        self._nested, status = measure_nested(self._benchmark, self._placement.nested, self._chosen_backend)
+        found, status = measure_nested(self._benchmark, self._placement.nested, self._chosen_backend)
+        self._nested = replace_fields(found, reason=found.reason and f"nested kernel: {found.reason}")
         self.was_interrupted = status == INTERRUPTED
         if status not in (0, INTERRUPTED):
-            raise LabError(f"the testbed in the nested kernel ended with status {status}: {self._nested.reason}")
+            raise LabError(f"the testbed in the nested kernel ended with status {status}: {found.reason}")
 
     def _results(self, reason: str, *, is_draft: bool = False) -> Results:
         duration_s = time.monotonic() - self._began

@@ -292,7 +292,7 @@ def test_interrupted_inside(
     ended = bench("throughput", "--modes", "iptables,ipvs", "--report", "out", "-o", "json")
     assert ended.status == 130
     found = read_results(Path("out"))
-    assert (found.complete, found.reason) == (False, "interrupted after 3 of 36 samples")
+    assert (found.complete, found.reason) == (False, "nested kernel: interrupted after 3 of 36 samples")
     assert {one.mode for one in found.series} == {"iptables", "ipvs"}
 
 
