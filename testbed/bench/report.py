@@ -95,6 +95,8 @@ def verdict_text(one: Verdict) -> str:
     figure = " ".join(filter(None, (one.case, path_text(one), one.metric)))
     where = f"{figure}, {one.services} Services"
     kernel = " (nested kernel)" if one.machine == "nested" else ""
+    if not one.enough:
+        return f"too few samples to tell {one.a} and {one.b} apart{kernel}: {where}"
     if not one.differ:
         return f"too noisy to tell {one.a} and {one.b} apart{kernel}: {where}"
     return f"{one.b} is {one.times:.2f} times {one.a}{kernel}: {where}"

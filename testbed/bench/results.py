@@ -119,6 +119,7 @@ class Verdict(Part):
     b: Annotated[str, Meta(description="another mode")]
     times: Annotated[float, Meta(description="median of b divided by median of a")]
     differ: Annotated[bool, Meta(description="false: too noisy to tell them apart, the intervals overlap")]
+    enough: Annotated[bool, Meta(description="false: too few samples for intervals")]
 
 
 class Slope(Part):

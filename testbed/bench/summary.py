@@ -141,7 +141,7 @@ def judge_modes(series: Sequence[Series]) -> list[Verdict]:
         Verdict(
             machine=a.machine, workload=a.workload, case=a.case, path=a.path, position=a.position, services=a.services,
             metric=a.metric, a=a.mode, b=b.mode, times=b.median / a.median if a.median else 0.0,
-            differ=not overlap(a.interval, b.interval),
+            differ=not overlap(a.interval, b.interval), enough=a.interval is not None and b.interval is not None,
         )
         for group in groups.values()
         for a, b in combinations(sorted(group, key=lambda one: STEADY_ORDER.index(one.mode)), 2)

@@ -19,7 +19,7 @@ from bench_world import EVERYTHING, LATENCY, THROUGHPUT, a_machine, benchmark, r
 from testbed.bench.assemble import join, judged, write_report
 from testbed.bench.compare import compare
 from testbed.bench.plots import plan_plots
-from testbed.bench.report import CSV_COLUMNS, comparison_text, csv_text, number, text_report
+from testbed.bench.report import CSV_COLUMNS, comparison_text, csv_text, number, text_report, verdict_text
 from testbed.bench.results import Results, Skipped, read_results, results_json, results_schema
 from testbed.errors import InputError
 
@@ -74,7 +74,10 @@ def test_modes_are_told_apart_beyond_noise_only() -> None:
 def test_one_sample_tells_nothing() -> None:
     """With one sample there are no intervals, so nothing differs."""
     results = run(benchmark(cases=LATENCY, samples=1, services=(5000,)))
-    assert all(one.interval is None and not verdict.differ for one in results.series for verdict in results.verdicts)
+    assert all(one.interval is None for one in results.series)
+    assert [verdict_text(verdict) for verdict in results.verdicts] == [
+        "too few samples to tell iptables and nftables apart: first-answer clusterip (last) p50, 5000 Services"
+    ]
 
 
 def test_slopes() -> None:
