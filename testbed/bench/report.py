@@ -71,7 +71,7 @@ _PLACES = (
     "ingress",
     "none",
 )
-_METRICS = ("rate", "received", "loss", "jitter", "requests", "p50", "p99", "to_kernel", "own")
+_METRICS = ("rate", "received", "loss", "jitter", "requests", "p10", "p50", "p99", "to_kernel", "own")
 _POSITIONS = ("", "first", "middle", "last")
 _MODES = ("userspace", "iptables", "ipvs", "nftables")
 
