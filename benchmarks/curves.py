@@ -11,7 +11,7 @@ and 10,000 Services:
 - throughput of one TCP stream through 10,000 Services is that through none, in every mode, or the intervals overlap.
 
 Prints a line for each slope; ``--json`` an object. ``--check`` ends with status 1 when a shape is wrong. ``--report DIR``
-keeps results, plots and report.html; ``--results FILE`` looks at results that are there already. Needs root.
+keeps results, plots and report.html; ``--results FILE`` looks at results that are there already, ``--benchmark FILE`` runs another one. Needs root.
 """
 
 from __future__ import annotations
@@ -33,17 +33,8 @@ MOST_OF_IPTABLES = 0.1
 LINEAR = ("iptables", "userspace")
 
 
-def measure(folder: Path, modes: str | None) -> None:
-    argv = [
-        sys.executable,
-        "-m",
-        "testbed",
-        "bench",
-        "run",
-        str(ROOT / "scenarios/proxy-modes"),
-        "--report",
-        str(folder),
-    ]
+def measure(file: Path, folder: Path, modes: str | None) -> None:
+    argv = [sys.executable, "-m", "testbed", "bench", "run", str(file), "--report", str(folder)]
     argv += ["--modes", modes] if modes else []
     done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
     if done.returncode not in (0, 1):
@@ -51,15 +42,22 @@ def measure(folder: Path, modes: str | None) -> None:
 
 
 def slopes(results: Any) -> list[dict[str, Any]]:
-    """Return a row for each kernel and mode: the slopes of the first answer's percentiles, in ns for each Service."""
+    """Return a row for each kernel, mode, position and percentile of the first answer: its slope in ns for each Service."""
     return [
         {
-            "machine": one.machine, "mode": one.mode, "position": one.position, "metric": one.metric, "ns_per_service": one.per_service * 1000,
-            "low": one.interval.low * 1000, "high": one.interval.high * 1000, "fit": one.fit, "rises": one.rises,
+            "machine": one.machine,
+            "mode": one.mode,
+            "position": one.position,
+            "metric": one.metric,
+            "ns_per_service": one.per_service * 1000,
+            "low": one.interval.low * 1000,
+            "high": one.interval.high * 1000,
+            "fit": one.fit,
+            "rises": one.rises,
         }
         for one in results.slopes
         if (one.case, one.path) == ("first-answer", "clusterip")
-    ]  # fmt: skip
+    ]
 
 
 def is_checked(row: dict[str, Any]) -> bool:
@@ -123,7 +121,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="testbed-curves-") as temporary:
         folder = options.results or options.report or Path(temporary)
         if options.results is None:
-            measure(folder, options.modes)
+            measure(options.benchmark.resolve(), folder, options.modes)
         results = read_results(folder)
     rows = slopes(results)
     wrong = wrong_shapes(results, rows)
@@ -131,10 +129,9 @@ def main() -> int:
         print(json.dumps({"slopes": rows, "wrong": wrong, "warnings": results.warnings}, indent=2))
     else:
         for row in rows:
-            print(
-                f"{row['mode']:9} {row['machine']:6} {row['position']:6} {row['metric']} {row['ns_per_service']:8.2f} ns a Service "
-                f"(95 %: {row['low']:.2f} to {row['high']:.2f}), R² {row['fit']:.2f}; published for iptables: {PUBLISHED_NS}"
-            )
+            slope = f"{row['ns_per_service']:8.2f} ns a Service (95 %: {row['low']:.2f} to {row['high']:.2f})"
+            what = f"{row['mode']:9} {row['machine']:6} {row['position']:6} {row['metric']}"
+            print(f"{what} {slope}, R² {row['fit']:.2f}; published for iptables: {PUBLISHED_NS}")
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong and options.check else 0

@@ -21,9 +21,15 @@ _STYLES = ("-", "--", ":", "-.")
 _BARS_OF = ("rate", "received", "requests", "p50", "to_kernel", "loss")
 _CURVES_OF = ("rate", "requests", "p10", "p50", "to_kernel", "own")
 _TITLES = {
-    "rate": "TCP throughput", "received": "UDP received", "loss": "UDP loss", "requests": "HTTP requests", "p10": "time, tenth percentile", "p50": "time, median",
-    "to_kernel": "from a change to the kernels", "own": "kube-proxy's own time for its rules",
-}  # fmt: skip
+    "rate": "TCP throughput",
+    "received": "UDP received",
+    "loss": "UDP loss",
+    "requests": "HTTP requests",
+    "p10": "time, tenth percentile",
+    "p50": "time, median",
+    "to_kernel": "from a change to the kernels",
+    "own": "kube-proxy's own time for its rules",
+}
 
 
 @dataclass(frozen=True, slots=True)
