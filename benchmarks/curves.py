@@ -11,7 +11,8 @@ and 10,000 Services:
 - throughput of one TCP stream through 10,000 Services is that through none, in every mode, or the intervals overlap.
 
 Prints a line for each slope; ``--json`` an object. ``--check`` ends with status 1 when a shape is wrong. ``--report DIR``
-keeps results, plots and report.html; ``--results FILE`` looks at results that are there already, ``--benchmark FILE`` runs another one. Needs root.
+keeps results, plots and report.html; ``--results FILE`` looks at results that are there already, ``--benchmark FILE`` runs
+another benchmark. Needs root.
 """
 
 from __future__ import annotations
