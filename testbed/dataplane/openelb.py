@@ -20,6 +20,8 @@ from testbed.controllers.openelb.pools import AddressRange, Pool
 from testbed.model.objects import Object
 
 CAN_REACH = "can_reach"
+#: Among the pools that a speaker cannot announce: it has just started, and can announce none yet.
+EVERYTHING = "*"
 
 
 def election_order(nodes: Iterable[str], address: str) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ class Elections:
         for pool in view.pools:
             if pool.protocol != LAYER2 or pool.is_deleting:
                 continue
-            able = {node for node, cannot in members.items() if self.is_strict or pool.name not in cannot}
+            able = {node for node, cannot in members.items() if self.is_strict or not {pool.name, EVERYTHING} & cannot}
             for address, services in pool.used.items():
                 nodes = self._nodes(view, address, services)
                 outcome[address] = Announcement(
