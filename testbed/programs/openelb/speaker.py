@@ -56,6 +56,7 @@ _IDLE_S: Final = 5.0
 _JOIN_WITHIN_S: Final = 1.0
 _PREPARED: Final = 256  # addresses of a pool whose frames are built before anybody has them
 _PROBE_AFTER_S: Final = 2.0
+_PROBE_ANSWERS_S: Final = 1.0
 _PROBE_EVERY_S: Final = 10.0
 _LINKS_EVERY_S: Final = 2.0
 _LAYER2_OFF: Final = (
@@ -135,7 +136,8 @@ class _Link:
     pools: set[str] = field(default_factory=set)
     frames: dict[bytes, AddressFrames] = field(default_factory=dict)
     asked: set[IPv4Address] = field(default_factory=set)
-    foreign: dict[IPv4Address, set[str]] = field(default_factory=dict)
+    foreign: dict[IPv4Address, set[str]] = field(default_factory=dict)  # while a probe's answers are waited for
+    suspected: dict[IPv4Address, frozenset[str]] = field(default_factory=dict)  # by the last probe
     told: dict[IPv4Address, frozenset[str]] = field(default_factory=dict)
     probe_at_s: dict[IPv4Address, float] = field(default_factory=dict)
 
@@ -242,11 +244,12 @@ class SpeakerLoop:
         if heartbeat.wants_answer:
             self._beat += 1
             self._send(self._heartbeat(wants_answer=False), [address])
-        self._members_changed(change)
+        self._members_changed(change, now_s)
 
-    def _members_changed(self, change: Change) -> None:
+    def _members_changed(self, change: Change, now_s: float) -> None:
         if not change:
             return
+        self._probe_later(now_s)
         for names, what in ((change.came, "joined"), (change.went, "failed")):
             for name in sorted(names):
                 self._log(f"member {name} {what}; alive: {', '.join(sorted(self.membership.alive()))}")
@@ -374,13 +377,14 @@ class SpeakerLoop:
         self.membership.timings = timings
         if now_s - self._stepped_s > timings.dead_after_s:  # stopped and continued: to the others we were dead
             self._announce_again = self._is_due = True
+            self._probe_later(now_s)
         self._stepped_s = now_s
         if now_s >= self._links_at_s:
             self._links_at_s = now_s + _LINKS_EVERY_S
             before = dict(self._link_of)
             self._register_pools()
             self._is_due = self._is_due or before != self._link_of
-        self._members_changed(self.membership.expire(now_s))
+        self._members_changed(self.membership.expire(now_s), now_s)
         self._note_what_we_cannot(now_s)
         if now_s >= self._beat_at_s:
             self._beat_at_s = now_s + timings.heartbeat_s
@@ -470,6 +474,7 @@ class SpeakerLoop:
         state.responder.withdraw(address)
         state.foreign.pop(address, None)
         state.told.pop(address, None)
+        state.suspected.pop(address, None)
         state.probe_at_s.pop(address, None)
         now = self._outcome.get(str(address))
         why = "it is free" if now is None else f"{now.owner or 'nobody'} announces it"
@@ -522,6 +527,13 @@ class SpeakerLoop:
                 at = state.probe_at_s.get(address, math.inf)
                 state.probe_at_s[address] = min(at, now_s + _PROBE_AFTER_S)
 
+    def _probe_later(self, now_s: float) -> None:
+        """Addresses may change hands now: two that answer are no fault until that is over."""
+        for state in self._by_link.values():
+            state.foreign.clear()
+            state.suspected.clear()
+            state.probe_at_s = dict.fromkeys(state.probe_at_s, now_s + _PROBE_AFTER_S)
+
     def _probe(self, now_s: float) -> None:
         if self.settings.is_strict:  # upstream asks nobody
             return
@@ -529,13 +541,18 @@ class SpeakerLoop:
             for address, at_s in list(state.probe_at_s.items()):
                 if now_s < at_s:
                     continue
-                if address in state.foreign:  # the answers to the last probe are in
-                    self._report_foreign(state, address, frozenset(state.foreign.pop(address)))
-                    state.probe_at_s[address] = now_s + _PROBE_EVERY_S
-                else:
+                if address not in state.foreign:
                     state.foreign[address] = set()
                     state.responder.probe(address)
-                    state.probe_at_s[address] = now_s + _PROBE_AFTER_S / 2
+                    state.probe_at_s[address] = now_s + _PROBE_ANSWERS_S
+                    continue
+                macs = frozenset(state.foreign.pop(address))  # the answers to the last probe are in
+                before = state.suspected.get(address, state.told.get(address, frozenset()))
+                state.suspected[address] = macs
+                is_sure = macs == before  # two probes in a row say the same
+                if is_sure:
+                    self._report_foreign(state, address, macs)
+                state.probe_at_s[address] = now_s + (_PROBE_EVERY_S if is_sure else _PROBE_AFTER_S)
 
     def _report_foreign(self, state: _Link, address: IPv4Address, macs: frozenset[str]) -> None:
         if macs == state.told.get(address, frozenset()):
