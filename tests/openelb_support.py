@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from controllers_world import World
 
 from testbed.controllers.openelb.names import EIP_NAME, EIPS, FIXED_IP, IS_DEFAULT, OPT_IN
 from testbed.model.objects import Object
@@ -15,7 +16,9 @@ from testbed.registry import Registry
 MANIFEST = Path(__file__).parents[1] / "scenarios" / "openelb" / "openelb.yaml"
 
 
-def eip(name: str = "eip-pool", address: str = "192.168.93.231-192.168.93.238", *, default: bool = False, **spec: Any) -> Object:
+def eip(
+    name: str = "eip-pool", address: str = "192.168.93.231-192.168.93.238", *, default: bool = False, **spec: Any
+) -> Object:
     """Return an Eip; layer2 on eth33 unless ``spec`` says otherwise (None leaves a field out)."""
     fields = {"address": address, "protocol": "layer2", "interface": "eth33", **spec}
     annotations = {IS_DEFAULT: "true"} if default else {}
@@ -32,7 +35,11 @@ def lb(
     ports: tuple[int, ...] = (80,), **spec: Any,
 ) -> Object:  # fmt: skip
     """Return a LoadBalancer Service with OpenELB's annotations."""
-    annotations = {**({OPT_IN: opt_in} if opt_in else {}), **({EIP_NAME: pool} if pool else {}), **({FIXED_IP: ip} if ip else {})}
+    annotations = {
+        **({OPT_IN: opt_in} if opt_in else {}),
+        **({EIP_NAME: pool} if pool else {}),
+        **({FIXED_IP: ip} if ip else {}),
+    }
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -41,9 +48,14 @@ def lb(
     }
 
 
+@cache
+def _manifest() -> tuple[Object, ...]:
+    return tuple(yaml.load_all(MANIFEST.read_text(), yaml.CSafeLoader))
+
+
 def manifest_objects(*kinds: str) -> list[Object]:
     """Return the objects of these kinds of our OpenELB manifest."""
-    return [obj for obj in yaml.safe_load_all(MANIFEST.read_text()) if obj["kind"] in kinds]
+    return [deepcopy(obj) for obj in _manifest() if obj["kind"] in kinds]
 
 
 def define_eips(registry: Registry) -> None:
@@ -69,4 +81,4 @@ class RegistryApi:
         return self._registry.patch(resource, namespace, name, patch, subresource=subresource)
 
 
-__all__ = ["EIPS", "RegistryApi", "World", "define_eips", "eip", "lb", "manifest_objects"]
+__all__ = ["EIPS", "RegistryApi", "define_eips", "eip", "lb", "manifest_objects"]

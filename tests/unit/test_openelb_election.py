@@ -45,7 +45,10 @@ def test_a_thousand_elections_are_upstreams() -> None:
     """For 1,000 (node set, address) pairs the announcing node has the least sha256(node#address)."""
     chance = random.Random(8)
     for _ in range(1000):
-        nodes = {f"{chance.choice(['node', 'openeuler-', 'w.example.com-'])}{chance.randrange(200)}" for _ in range(chance.randrange(1, 9))}
+        nodes = {
+            f"{chance.choice(['node', 'openeuler-', 'w.example.com-'])}{chance.randrange(200)}"
+            for _ in range(chance.randrange(1, 9))
+        }
         address = f"{chance.randrange(1, 224)}.{chance.randrange(256)}.{chance.randrange(256)}.{chance.randrange(256)}"
         best, least = "", b"\xff" * 33
         for node in nodes:
@@ -61,7 +64,10 @@ ADDRESS = "192.168.93.231"
 def endpoints(*nodes: str, ready: bool = True) -> Object:
     """Return Endpoints with an address on each of these nodes."""
     addresses = [{"ip": f"10.0.0.{number}", "nodeName": node} for number, node in enumerate(nodes, 1)]
-    return {"metadata": {"name": "web", "namespace": "dev"}, "subsets": [{"addresses" if ready else "notReadyAddresses": addresses}]}
+    return {
+        "metadata": {"name": "web", "namespace": "dev"},
+        "subsets": [{"addresses" if ready else "notReadyAddresses": addresses}],
+    }
 
 
 def view(services: dict[str, Object], backends: dict[str, Object] | None = None, **spec: Any) -> ClusterView:

@@ -29,8 +29,12 @@ from testbed.controllers.openelb.pools import (
     ("text", "first", "last", "size"),
     [
         pytest.param("192.168.1.5", "192.168.1.5", "192.168.1.5", 1, id="one address"),
-        pytest.param("192.168.93.231-192.168.93.238", "192.168.93.231", "192.168.93.238", 8, id="from-to, both included"),
-        pytest.param("192.168.1.0/24", "192.168.1.0", "192.168.1.255", 256, id="a CIDR, with its network and broadcast address"),
+        pytest.param(
+            "192.168.93.231-192.168.93.238", "192.168.93.231", "192.168.93.238", 8, id="from-to, both included"
+        ),
+        pytest.param(
+            "192.168.1.0/24", "192.168.1.0", "192.168.1.255", 256, id="a CIDR, with its network and broadcast address"
+        ),
         pytest.param("192.168.1.77/30", "192.168.1.76", "192.168.1.79", 4, id="a CIDR begins with its network address"),
         pytest.param("10.0.0.1/32", "10.0.0.1", "10.0.0.1", 1, id="/32"),
         pytest.param("FD00::1-fd00::4", "fd00::1", "fd00::4", 4, id="IPv6, in any case"),
@@ -69,7 +73,9 @@ def test_overlaps(one: str, other: str, overlap: bool) -> None:
     assert parse_range(other).overlaps(parse_range(one)) is overlap
 
 
-def pool(name: str = "p", address: str = "10.0.0.1-10.0.0.3", used: dict[str, str] | None = None, **fields: Any) -> Pool:
+def pool(
+    name: str = "p", address: str = "10.0.0.1-10.0.0.3", used: dict[str, str] | None = None, **fields: Any
+) -> Pool:
     """Return a pool; ``used`` as in an Eip's status."""
     found = parse_pool({**eip(name, address), "status": {"used": used or {}}})
     assert found is not None
@@ -115,8 +121,18 @@ def test_a_fixed_address_is_shared() -> None:
 @pytest.mark.parametrize(
     ("wish", "fields", "text"),
     [
-        pytest.param({"address": "10.0.0.9"}, {}, "no avliable eip, err:the specified ip:10.0.0.9 is beyond the range of eip[p:10.0.0.1-10.0.0.3]", id="outside"),
-        pytest.param({"address": "hello"}, {}, "no avliable eip, err:the specified ip:hello is beyond the range of eip[p:10.0.0.1-10.0.0.3]", id="no address"),
+        pytest.param(
+            {"address": "10.0.0.9"},
+            {},
+            "no avliable eip, err:the specified ip:10.0.0.9 is beyond the range of eip[p:10.0.0.1-10.0.0.3]",
+            id="outside",
+        ),
+        pytest.param(
+            {"address": "hello"},
+            {},
+            "no avliable eip, err:the specified ip:hello is beyond the range of eip[p:10.0.0.1-10.0.0.3]",
+            id="no address",
+        ),
         pytest.param({}, {"is_disabled": True}, "no avliable eip, err:eip:p is disabled", id="disabled"),
         pytest.param({}, {"is_deleting": True}, "no avliable eip, err:eip:p is deleting", id="deleting"),
         pytest.param({"families": ("IPv6",)}, {}, "service can't use different family eip", id="family"),
@@ -183,4 +199,6 @@ def test_what_deleted_services_had_is_free() -> None:
 def test_addresses_in_a_range() -> None:
     """Membership goes by family and number."""
     found = parse_range("10.0.0.1-10.0.0.3")
-    assert ip_address("10.0.0.3") in found and ip_address("10.0.0.4") not in found and ip_address("::a00:1") not in found
+    assert (
+        ip_address("10.0.0.3") in found and ip_address("10.0.0.4") not in found and ip_address("::a00:1") not in found
+    )
