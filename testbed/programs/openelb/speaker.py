@@ -35,6 +35,7 @@ from testbed.model.objects import Object, name_of, namespace_of
 from testbed.programs.kube_proxy import Changed, Listed
 from testbed.programs.openelb.flags import SETTINGS_CONFIGMAP, Settings, SpeakerFlags, read_settings
 from testbed.programs.openelb.gossip import Heard
+from testbed.programs.openelb.rivals import Rivals
 
 SERVICES: Final = "services"
 ENDPOINTS: Final = "endpoints"
@@ -55,9 +56,6 @@ _KINDS: Final = {
 _IDLE_S: Final = 5.0
 _JOIN_WITHIN_S: Final = 1.0
 _PREPARED: Final = 256  # addresses of a pool whose frames are built before anybody has them
-_PROBE_AFTER_S: Final = 2.0
-_PROBE_ANSWERS_S: Final = 1.0
-_PROBE_EVERY_S: Final = 10.0
 _LINKS_EVERY_S: Final = 2.0
 _LAYER2_OFF: Final = (
     "the speakers run with --enable-layer2=false and answer ARP all the same: those of OpenELB 0.6 would not, and nobody "
@@ -136,10 +134,7 @@ class _Link:
     pools: set[str] = field(default_factory=set)
     frames: dict[bytes, AddressFrames] = field(default_factory=dict)
     asked: set[IPv4Address] = field(default_factory=set)
-    foreign: dict[IPv4Address, set[str]] = field(default_factory=dict)  # while a probe's answers are waited for
-    suspected: dict[IPv4Address, frozenset[str]] = field(default_factory=dict)  # by the last probe
-    told: dict[IPv4Address, frozenset[str]] = field(default_factory=dict)
-    probe_at_s: dict[IPv4Address, float] = field(default_factory=dict)
+    rivals: Rivals = field(default_factory=Rivals)
 
 
 class SpeakerLoop:
@@ -191,7 +186,8 @@ class SpeakerLoop:
             case Heard(heartbeat, address):
                 self._hear(heartbeat, address, now_s)
             case Foreign(address, mac):
-                self._saw_foreign(address, mac, now_s)
+                for state in self._by_link.values():
+                    state.rivals.saw(address, mac, now_s)
             case Built(interface, frames):
                 if interface in self._by_link:
                     self._by_link[interface].frames.update(frames)
@@ -366,7 +362,7 @@ class SpeakerLoop:
     def wait_s(self, now_s: float) -> float:
         """Return how long nothing needs to be done if no message comes."""
         due = [self._beat_at_s, self.membership.next_expiry_s(), self._links_at_s, now_s + _IDLE_S]
-        due += [at for state in self._by_link.values() for at in state.probe_at_s.values()]
+        due += [state.rivals.due_s() for state in self._by_link.values()]
         if not self._not_listed and (self._is_due or not self._is_ready):
             due.append(self._join_until_s if self._is_joining(now_s) else now_s if self._is_due else math.inf)
         return max(0.0, min(due) - now_s)
@@ -463,8 +459,7 @@ class SpeakerLoop:
             self._want_frames(link, [address])  # `Built` brings us back
             return
         state.responder.announce(address, frames)
-        state.foreign.pop(address, None)
-        state.probe_at_s[address] = now_s + _PROBE_AFTER_S
+        state.rivals.watch(address, now_s)
         outcome = self._outcome[str(address)]
         self._log(
             f"{address}: {self._node} announces (order {', '.join(outcome.order)}) for {', '.join(outcome.services)}"
@@ -472,10 +467,7 @@ class SpeakerLoop:
 
     def _withdraw(self, state: _Link, address: IPv4Address, before: Mapping[str, Announcement]) -> None:
         state.responder.withdraw(address)
-        state.foreign.pop(address, None)
-        state.told.pop(address, None)
-        state.suspected.pop(address, None)
-        state.probe_at_s.pop(address, None)
+        state.rivals.forget(address)
         now = self._outcome.get(str(address))
         why = "it is free" if now is None else f"{now.owner or 'nobody'} announces it"
         self._log(f"{address}: withdrawn ({why})")
@@ -517,54 +509,26 @@ class SpeakerLoop:
 
     # -- who else answers ------------------------------------------------------------------------------------------
 
-    def _saw_foreign(self, address: IPv4Address, mac: str, now_s: float) -> None:
-        for state in self._by_link.values():
-            if address not in state.responder.announced:
-                continue
-            if address in state.foreign:
-                state.foreign[address].add(mac)
-            else:  # nobody was asked: it may be how an address changes hands; look again when that is over
-                at = state.probe_at_s.get(address, math.inf)
-                state.probe_at_s[address] = min(at, now_s + _PROBE_AFTER_S)
-
     def _probe_later(self, now_s: float) -> None:
         """Addresses may change hands now: two that answer are no fault until that is over."""
         for state in self._by_link.values():
-            state.foreign.clear()
-            state.suspected.clear()
-            state.probe_at_s = dict.fromkeys(state.probe_at_s, now_s + _PROBE_AFTER_S)
+            state.rivals.wait(now_s)
 
     def _probe(self, now_s: float) -> None:
         if self.settings.is_strict:  # upstream asks nobody
             return
         for state in self._by_link.values():
-            for address, at_s in list(state.probe_at_s.items()):
-                if now_s < at_s:
-                    continue
-                if address not in state.foreign:
-                    state.foreign[address] = set()
-                    state.responder.probe(address)
-                    state.probe_at_s[address] = now_s + _PROBE_ANSWERS_S
-                    continue
-                macs = frozenset(state.foreign.pop(address))  # the answers to the last probe are in
-                before = state.suspected.get(address, state.told.get(address, frozenset()))
-                state.suspected[address] = macs
-                is_sure = macs == before  # two probes in a row say the same
-                if is_sure:
-                    self._report_foreign(state, address, macs)
-                state.probe_at_s[address] = now_s + (_PROBE_EVERY_S if is_sure else _PROBE_AFTER_S)
+            for address in state.rivals.to_probe(now_s):
+                state.responder.probe(address)
+            for address, macs in state.rivals.news(now_s):
+                self._tell_rivals(state.responder.mac, address, macs)
 
-    def _report_foreign(self, state: _Link, address: IPv4Address, macs: frozenset[str]) -> None:
-        if macs == state.told.get(address, frozenset()):
-            return
-        state.told[address] = macs
+    def _tell_rivals(self, own_mac: str, address: IPv4Address, macs: frozenset[str]) -> None:
         outcome = self._outcome.get(str(address))
         if not macs or outcome is None:
             self._log(f"{address}: nobody else answers any more")
             return
-        text = _FOREIGN.format(
-            address=address, node=self._node, mac=state.responder.mac, others=" and ".join(sorted(macs))
-        )
+        text = _FOREIGN.format(address=address, node=self._node, mac=own_mac, others=" and ".join(sorted(macs)))
         self._log(text)
         for service in self._services(outcome.services):
             self._tell(service, "Warning", "ForeignARP", text)
