@@ -293,9 +293,10 @@ def test_malformed_and_spoofed_frames(lab: Lab, eventually: Eventually) -> None:
     )  # fmt: skip
     strange = bytes.fromhex("020000000001")
     malformed = [request[:30], request[:14] + b"\0\6" + request[16:], request[:20] + b"\0\x09" + request[22:]]
+    # Sender fields that contradict each other, and a sender that no host on a LAN can be.
     spoofed = [
         request[:22] + strange + request[28:],
-        request[:6] + b"\xff" * 6 + request[12:22] + b"\xff" * 6 + request[28:],
+        request[:28] + IPv4Address("127.0.0.1").packed + request[32:],
     ]
     before = metrics(lab)
     with Background(lab, capture, "eth0", 1.5) as background:

@@ -353,6 +353,19 @@ def test_a_link_that_one_node_does_not_have() -> None:
     assert lan.owners() == "2", "a link that appears is found"
 
 
+def test_a_link_that_only_one_node_has() -> None:
+    """That node announces, whatever the formula says; when it is gone nobody does, and nobody takes over in vain."""
+    lan = Lan(links={1: {"eth0": "192.168.93.11/24"}, 2: {"eth0": "192.168.93.12/24"}})
+    lan.put(SERVICES, lb())
+    lan.use()
+    lan.pass_time(3.0)
+    assert lan.owners() == "3" and len(lan.told("ConfigSpeakerFailed")) == 2
+    lan.nodes[3].is_up = False
+    lan.pass_time(3.0)
+    assert lan.owners() == ""
+    assert lan.told("SetBalancer")[-1] == "no available nodes for service ip 192.168.93.231:dev/web"
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
