@@ -15,6 +15,7 @@ from testbed.controllers.garbage import GarbageCollector
 from testbed.controllers.index import ClusterIndex
 from testbed.controllers.job import JobController
 from testbed.controllers.nodes import NodeLifecycleController, TaintEvictionController
+from testbed.controllers.openelb.departure import OpenElbDeparture
 from testbed.controllers.replicaset import ReplicaSetController
 from testbed.controllers.scheduler import Scheduler
 from testbed.controllers.system import NamespaceController, ServiceAccountController, ensure_system_namespaces
@@ -45,4 +46,5 @@ def default_controllers(config: ClusterConfig, *, pick: Callable[[int], int]) ->
         EndpointSliceController(index),
         EndpointsController(index),
         MirroringController(index),
+        OpenElbDeparture(),
     ]

@@ -26,7 +26,7 @@ _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 0x100, 0x200, 0x400
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 18, 19
-_RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 24, 28, 29
+_RTM_NEWADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 22, 24, 28, 29
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_PROTINFO = 1, 3, 4, 10, 12
 _IFLA_LINKINFO, _IFLA_NET_NS_FD = 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
@@ -247,21 +247,38 @@ class RtnetlinkSocket:
             raise refused
 
     def list_links(self) -> list[LinkState]:
-        self._sequence += 1
-        header = struct.pack("=IHHII", 32, _RTM_GETLINK, _NLM_F_REQUEST | _NLM_F_DUMP, self._sequence, 0)
-        self._socket.sendto(header + _ifinfo(), (0, 0))
         found: list[LinkState] = []
-        while True:
-            for kind, _flags, sequence, body in self._receive():
+        for body in self._dump(_RTM_GETLINK, _ifinfo()):
+            index, flags = struct.unpack_from("=iI", body, 4)
+            values = dict(_attributes(body[16:]))
+            name = values[_IFLA_IFNAME].rstrip(b"\0").decode()
+            master = struct.unpack("=I", values[_IFLA_MASTER])[0] if _IFLA_MASTER in values else 0
+            found.append(LinkState(index, name, bool(flags & _IFF_UP), master))
+        return found
+
+    def list_addresses(self) -> list[tuple[int, IPv4Interface]]:
+        """Return the index of a link and an address on it, for each IPv4 address of the namespace."""
+        found = []
+        for body in self._dump(_RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0)):
+            _, length, _, _, index = struct.unpack_from("=BBBBI", body)
+            values = dict(_attributes(body[8:]))
+            local = values.get(_IFA_LOCAL) or values[_IFA_ADDRESS]
+            found.append((index, IPv4Interface((local, length))))
+        return found
+
+    def _dump(self, kind: int, body: bytes) -> Iterator[bytes]:
+        self._sequence += 1
+        header = struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_DUMP, self._sequence, 0)
+        self._socket.sendto(header + body, (0, 0))
+        is_done = False
+        while not is_done:
+            for answer, _flags, sequence, part in self._receive():
                 if sequence != self._sequence:
                     continue
-                if kind in (_NLMSG_DONE, _NLMSG_ERROR):
-                    return found
-                index, flags = struct.unpack_from("=iI", body, 4)
-                values = dict(_attributes(body[16:]))
-                name = values[_IFLA_IFNAME].rstrip(b"\0").decode()
-                master = struct.unpack("=I", values[_IFLA_MASTER])[0] if _IFLA_MASTER in values else 0
-                found.append(LinkState(index, name, bool(flags & _IFF_UP), master))
+                if answer in (_NLMSG_DONE, _NLMSG_ERROR):
+                    is_done = True
+                    break
+                yield part
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         packet = self._socket.recv(1 << 18)

@@ -632,8 +632,9 @@ def preload() -> None:
     import yaml
 
     from testbed.programs import builtins, dns, kube_proxy
+    from testbed.programs.openelb import controller, speaker_main
 
-    del yaml, builtins, dns, kube_proxy
+    del yaml, builtins, controller, dns, kube_proxy, speaker_main
 
 
 def _run_cli(network: LabNetwork) -> None:
