@@ -632,9 +632,10 @@ def preload() -> None:
     import yaml
 
     from testbed.programs import builtins, dns, kube_proxy
+    from testbed.programs.ingress import main
     from testbed.programs.openelb import controller, speaker_main
 
-    del yaml, builtins, controller, dns, kube_proxy, speaker_main
+    del yaml, builtins, controller, dns, kube_proxy, main, speaker_main
 
 
 def _run_cli(network: LabNetwork) -> None:

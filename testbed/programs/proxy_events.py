@@ -12,7 +12,6 @@ from testbed.errors import ApiError, TestbedError
 from testbed.model.events import event_namespace, make_event
 from testbed.model.objects import Object
 
-
 _CONFLICTS = 5
 
 

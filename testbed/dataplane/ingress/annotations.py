@@ -8,6 +8,7 @@ Source: kubernetes/ingress-nginx internal/ingress/annotations (v1.10 to v1.15).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -151,7 +152,7 @@ class Annotations:
     auth_proxy_set_headers: tuple[str, str] | None = _annotation(values.reference, risk=Risk.MEDIUM)
     auth_cache_key: str | None = _annotation(values.hash_key, risk=Risk.MEDIUM)
     auth_cache_duration: str | None = _annotation(values.matching(
-        values.re.compile(r"([1-5][0-9]{2} )*[0-9]{1,6}[smhd]", values.re.ASCII), "status codes and a time, 200 202 401 5m"
+        re.compile(r"([1-5][0-9]{2} )*[0-9]{1,6}[smhd]", re.ASCII), "status codes and a time, 200 202 401 5m"
     ))  # fmt: skip
     auth_tls_secret: tuple[str, str] | None = _annotation(values.reference, risk=Risk.MEDIUM)
     auth_tls_verify_client: str = _annotation(values.one_of("on", "off", "optional", "optional_no_ca"), "on")
@@ -160,7 +161,7 @@ class Annotations:
     auth_tls_error_page: str | None = _annotation(values.redirect_target, risk=Risk.HIGH)
     auth_tls_pass_certificate_to_upstream: bool = _annotation(values.boolean, False)
     ssl_ciphers: str | None = _annotation(
-        values.matching(values.re.compile(r"[A-Za-z0-9!:+@=_-]{1,512}", values.re.ASCII), "a list of OpenSSL ciphers")
+        values.matching(re.compile(r"[A-Za-z0-9!:+@=_-]{1,512}", re.ASCII), "a list of OpenSSL ciphers")
     )
     ssl_prefer_server_ciphers: bool | None = _annotation(values.boolean)
 

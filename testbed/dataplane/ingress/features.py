@@ -156,20 +156,24 @@ class Features:
             self._splits[name] = Split(variable=name, key=Raw('"$request_id"'), shares=shares)
             weighed = f"weighed_{place}"
             self._add_map(
-                Map(source=Raw(f"$split_{place}"), variable=weighed, rows=((Raw("canary"), other), (Raw("default"), main)))
+                Map(
+                    source=Raw(f"$split_{place}"),
+                    variable=weighed,
+                    rows=((Raw("canary"), other), (Raw("default"), main)),
+                )
             )
             default = Raw(f"${weighed}")
         always_or_never = ((Raw("always"), other), (Raw("never"), main))
         if rules.canary_by_cookie:
             name = f"by_cookie_{place}"
-            rows = (*always_or_never, (Raw("default"), default))
-            self._add_map(Map(source=self._cookie(rules.canary_by_cookie), variable=name, rows=rows))
+            by_cookie = (*always_or_never, (Raw("default"), default))
+            self._add_map(Map(source=self._cookie(rules.canary_by_cookie), variable=name, rows=by_cookie))
             default = Raw(f"${name}")
         name = f"canary_{place}"
         if not rules.canary_by_header:
             self._add_map(Map(source=Raw('""'), variable=name, rows=((Raw("default"), default),)))
             return name
-        rows = always_or_never
+        rows: tuple[tuple[Raw, Raw], ...] = always_or_never
         if rules.canary_by_header_value is not None:
             # quoted, and never read as an expression or as one of map's own words
             literal = Raw(quoted("\\" + rules.canary_by_header_value))
@@ -356,7 +360,9 @@ class Features:
             try:
                 found.append((header_name(header), str(header_value(refuse_control(str(data[header]))))))
             except BadValue as error:
-                self._note(key, f"{what}: header {header[:100]!r} of ConfigMap {namespace}/{name} {error}; it is left out")
+                self._note(
+                    key, f"{what}: header {header[:100]!r} of ConfigMap {namespace}/{name} {error}; it is left out"
+                )
         return tuple(found)
 
     def _limits(self, said: Annotations, key: IngressKey) -> tuple[Raw, ...]:
@@ -413,15 +419,17 @@ class Features:
         self._add_map(Map(source=Raw("$http_origin"), variable=origin, rows=rows))
         self._add_map(
             Map(
-                source=Raw(f'"$request_method:${origin}"'), variable=preflight,
+                source=Raw(f'"$request_method:${origin}"'),
+                variable=preflight,
                 rows=((Raw(quoted("~^OPTIONS:.")), Raw('"1"')), (Raw("default"), Raw('""'))),
-            )  # fmt: skip
+            )
         )
         self._add_map(
             Map(
-                source=Raw(f"${origin}"), variable=credentials,
+                source=Raw(f"${origin}"),
+                variable=credentials,
                 rows=((Raw('""'), Raw('""')), (Raw("default"), Raw('"true"'))),
-            )  # fmt: skip
+            )
         )
         return Cors(
             origin=origin, preflight=preflight, credentials=credentials if said.cors_allow_credentials else ""

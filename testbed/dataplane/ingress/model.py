@@ -25,6 +25,9 @@ class Raw(str):
     __slots__ = ()
 
 
+NOTHING = Raw("")
+
+
 @dataclass(frozen=True, slots=True)
 class IngressKey:
     """Which Ingress; ``str()`` of it is what comments, logs and errors show."""
@@ -63,7 +66,7 @@ class Upstream:
     name: str
     servers: tuple[str, ...]
     backups: tuple[str, ...] = ()
-    method: Raw = Raw("")
+    method: Raw = NOTHING
     source: tuple[str, str, str] = ("", "", "")  # namespace, Service, port whose ready endpoints the servers are
 
 
@@ -143,7 +146,7 @@ class Location:
     path: str
     backend: Backend
     annotations: Annotations = NO_ANNOTATIONS
-    target: Raw = Raw("")  # what stands after ``proxy_pass scheme://``
+    target: Raw = NOTHING  # what stands after ``proxy_pass scheme://``
     alternative: str = ""  # variable that holds the canary's name when it was chosen
     status: int = 0  # answered at once, without a backend
     deny_reason: str = ""

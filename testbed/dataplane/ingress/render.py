@@ -23,7 +23,6 @@ from testbed.dataplane.ingress.values import bytes_of
 
 GENERATION_FILE: Final = "/etc/nginx/generation.conf"
 METRICS_SOCKET: Final = "/tmp/nginx/metrics.sock"  # a path inside the pod, which is the container's own
-OPEN_FILES: Final = 65536
 _WORD = re.compile(r"[A-Za-z0-9_./:@=%*~^-]+", re.ASCII)
 _HEADER_ANNOTATIONS: Final = ("upstream_vhost", "connection_proxy_header", "x_forwarded_prefix")
 
@@ -179,7 +178,6 @@ def _variables(document: Document) -> dict[str, Any]:
         "hash_sizes": document.headers_hash_sizes,
         "generation_file": Raw(GENERATION_FILE),
         "metrics_socket": Raw(METRICS_SOCKET),
-        "open_files": OPEN_FILES,
         "log_format": _log_format(settings.log_format_upstream),
         "forwarded_for": Raw("$full_x_forwarded_for" if settings.compute_full_forwarded_for else "$remote_addr"),
         "preserves_slash": lambda said: (

@@ -171,7 +171,9 @@ def parse_settings(data: Mapping[str, str]) -> tuple[Settings, tuple[str, ...]]:
         except BadValue as error:
             notes.append(f"ConfigMap key {key!r}: {data[key][:200]!r} {error}; the default is used")
     if found.get("allow_snippet_annotations"):
-        notes.append("allow-snippet-annotations is not honoured: this controller writes no text of others into nginx.conf")
+        notes.append(
+            "allow-snippet-annotations is not honoured: this controller writes no text of others into nginx.conf"
+        )
     if found.get("enable_brotli"):
         notes.append("enable-brotli has no effect: stock nginx has no brotli module")
     return Settings(**found), tuple(notes)

@@ -277,8 +277,10 @@ class _Translation:
         """Return host -> the other of ``foo`` and ``www.foo``, whose requests are sent to it."""
         found = {}
         for name, host in hosts.items():
-            if name == CATCH_ALL or name.startswith("*") or not any(
-                one.annotations.from_to_www_redirect for one in host.sources
+            if (
+                name == CATCH_ALL
+                or name.startswith("*")
+                or not any(one.annotations.from_to_www_redirect for one in host.sources)
             ):
                 continue
             other = name.removeprefix("www.") if name.startswith("www.") else f"www.{name}"

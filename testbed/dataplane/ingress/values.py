@@ -14,19 +14,20 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 #: Names that are variables of stock nginx 1.22, and may stand in values where variables make sense.
-VARIABLES: Final = frozenset(
-    """
-    args binary_remote_addr body_bytes_sent bytes_sent connection connection_requests content_length content_type
-    document_uri host hostname http2 https is_args msec nginx_version proxy_host proxy_port query_string remote_addr
-    remote_port remote_user request request_body request_completion request_filename request_id request_length
-    request_method request_time request_uri scheme server_addr server_name server_port server_protocol status
-    ssl_cipher ssl_client_fingerprint ssl_client_i_dn ssl_client_s_dn ssl_client_serial ssl_client_verify
-    ssl_protocol ssl_server_name ssl_session_id time_iso8601 time_local uri best_http_host escaped_request_uri
-    req_id pass_access_scheme proxy_upstream_name proxy_alternative_upstream_name namespace ingress_name service_name
-    service_port subdomain upstream_addr upstream_status upstream_response_time upstream_response_length
-    upstream_connect_time upstream_header_time http_referer http_user_agent realip_remote_addr the_real_ip
-    """.split()
-)
+VARIABLES: Final = frozenset({
+    "args", "binary_remote_addr", "body_bytes_sent", "bytes_sent", "connection", "connection_requests",
+    "content_length", "content_type", "document_uri", "host", "hostname", "http2", "https", "is_args", "msec",
+    "nginx_version", "proxy_host", "proxy_port", "query_string", "remote_addr", "remote_port", "remote_user",
+    "request", "request_body", "request_completion", "request_filename", "request_id", "request_length",
+    "request_method", "request_time", "request_uri", "scheme", "server_addr", "server_name", "server_port",
+    "server_protocol", "status", "ssl_cipher", "ssl_client_fingerprint", "ssl_client_i_dn", "ssl_client_s_dn",
+    "ssl_client_serial", "ssl_client_verify", "ssl_protocol", "ssl_server_name", "ssl_session_id", "time_iso8601",
+    "time_local", "uri", "best_http_host", "escaped_request_uri", "req_id", "pass_access_scheme",
+    "proxy_upstream_name", "proxy_alternative_upstream_name", "namespace", "ingress_name", "service_name",
+    "service_port", "subdomain", "upstream_addr", "upstream_status", "upstream_response_time",
+    "upstream_response_length", "upstream_connect_time", "upstream_header_time", "http_referer", "http_user_agent",
+    "realip_remote_addr", "the_real_ip",
+})  # fmt: skip
 _VARIABLE_PREFIXES: Final = ("arg_", "cookie_", "http_", "sent_http_", "upstream_http_", "upstream_cookie_", "jwt_")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))", re.ASCII)
 
@@ -260,7 +261,9 @@ buffer_size = size(1024, 1 << 24)
 header_name = matching(_HEADER_NAME, "the name of a header")
 token = matching(_TOKEN, "letters, digits, - and _")
 host = matching(_HOST, "a host name")
-host_and_port = matching(re.compile(rf"{_HOST.pattern}(:[0-9]{{1,5}})?", re.ASCII), "a host name, with a port if need be")
+host_and_port = matching(
+    re.compile(rf"{_HOST.pattern}(:[0-9]{{1,5}})?", re.ASCII), "a host name, with a port if need be"
+)
 plain_path = matching(_PLAIN_PATH, "a path")
 header_value = matching(_HEADER_VALUE, "the text of a header, without quotes, ; { } # $ and \\")
 realm = matching(_REALM, "a text without quotes, ; { } # $ and \\")

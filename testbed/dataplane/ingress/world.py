@@ -6,13 +6,14 @@ import base64
 import binascii
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from typing import Final
 
 from testbed.dataplane.ingress.model import Backend, IngressKey
 from testbed.dataplane.ingress.settings import Options, Settings, parse_settings
 from testbed.dataplane.ingress.values import object_name
-from testbed.manifests.kinds.networking import INGRESS_CLASS_ANNOTATION
 from testbed.manifests.kinds.names import parse_address
+from testbed.manifests.kinds.networking import INGRESS_CLASS_ANNOTATION
 from testbed.model.objects import Object, labels_of, name_of, namespace_of
 
 INGRESSES: Final = "ingresses.networking.k8s.io"
@@ -167,7 +168,7 @@ class Backends:
             return missing
         if cluster_ip:
             address = spec.get("clusterIP")
-            servers = (f"{address}:{found['port']}",) if address not in (None, "", "None") else ()
+            servers: tuple[str, ...] = (f"{address}:{found['port']}",) if address not in (None, "", "None") else ()
         else:
             servers = endpoint_addresses(self._slices.get((namespace, name), ()), found)
         return Backend(name=shown, namespace=namespace, service=name, port=port, servers=servers)
@@ -219,7 +220,7 @@ def endpoint_addresses(slices: Iterable[Object], port: Object) -> tuple[str, ...
 
     Terminating ones are left out at once, also when no other is left (upstream has no fallback as kube-proxy has).
     """
-    found = set()
+    found: set[tuple[IPv4Address, int]] = set()
     for one in slices:
         if one.get("addressType") != "IPv4":
             continue
@@ -235,6 +236,6 @@ def endpoint_addresses(slices: Iterable[Object], port: Object) -> tuple[str, ...
                 continue
             for address in endpoint.get("addresses") or ():
                 parsed = parse_address(str(address))
-                if parsed is not None and parsed.version == 4:
+                if isinstance(parsed, IPv4Address):
                     found.update((parsed, int(number)) for number in numbers)
     return tuple(f"{address}:{number}" for address, number in sorted(found))
