@@ -211,7 +211,7 @@ def test_expectations_about_names(tmp_path: Path) -> None:
         ("expect: {from: node1, resolve: a, rcode: NXDOMAIN, answers: x}", "expect.answers: an answer with NXDOMAIN has none"),
         ("expect: {from: node1, resolve: a, type: SRV, answers: dev/web}", "expect.answers: 'dev/web': pods stand for their addresses, which are A records"),
         ("expect: {from: node1, resolve: a, answers: dev/nothing}", "expect.answers: no manifest of the scenario makes the pod 'dev/nothing' (pods come from: dev/web, dev/shell)"),
-        ("expect: {from: node1, resolve: a, tcp: 'a:1'}", "expect: wants exactly one of get, tcp, udp, resolve; got tcp and resolve"),
+        ("expect: {from: node1, resolve: a, tcp: 'a:1'}", "expect: wants exactly one of get, tcp, udp, resolve, arp; got tcp and resolve"),
     ],
 )  # fmt: skip
 def test_what_is_refused_about_names(tmp_path: Path, step: str, problem: str) -> None:
@@ -270,7 +270,7 @@ EXPECT = 'get: "http://1.2.3.4/"'
         ("wait: {node: node9, for: ready}", 'wait.node: the topology has no node \'node9\' (did you mean "node3"?)'),
         ("wait: {service: dev/wep, for: endpoints}",
          'wait.service: no manifest of the scenario makes the Service \'dev/wep\' (did you mean "dev/web"?)'),
-        ("expect: {from: client}", "expect: wants exactly one of get, tcp, udp, resolve; got none"),
+        ("expect: {from: client}", "expect: wants exactly one of get, tcp, udp, resolve, arp; got none"),
         ("expect: {from: client, get: 'ftp://x/'}", "expect.get: 'ftp://x/' is not an http or https URL"),
         ("expect: {from: client, get: 'http://1.2.3.400/'}", "expect.get: '1.2.3.400' is not an IPv4 address"),
         ("expect: {from: client, get: 'http://a$(b)/'}", "expect.get: 'a$(b):80': 'a$(b)' is not an address or a host name"),
