@@ -84,7 +84,7 @@ class Settings:
     allow_snippet_annotations: bool = _setting(values.boolean, False)
     allow_cross_namespace_resources: bool = _setting(values.boolean, False)
     annotation_value_word_blocklist: tuple[str, ...] = _setting(_WORDS, ())
-    annotations_risk_level: Risk = _setting(_risk, Risk.HIGH)
+    annotations_risk_level: Risk = _setting(_risk, Risk.HIGH)  # noqa: RUF009
     strict_validate_path_type: bool = _setting(values.boolean, True)
     global_allowed_response_headers: tuple[str, ...] = _setting(values.several(values.header_name, "header names"), ())
     proxy_body_size: str = _setting(values.body_size, "1m")
