@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from testbed.dataplane.ingress.model import Document
+from testbed.dataplane.ingress.model import Document, Location
 from testbed.dataplane.ingress.world import Name, World, endpoint_addresses, service_port
 
 
@@ -19,7 +19,7 @@ def with_endpoints(document: Document, world: World, changed: Collection[Name]) 
     It must be when a backend becomes able to serve or unable to (its locations change between proxying and 503), and
     when cookies, subsets or canaries are made of its endpoints.
     """
-    names = set(changed)
+    names = set(changed) & document.referenced
     if names & document.complicated:
         return None
     slices = world.slices_by_service(names)
@@ -41,3 +41,20 @@ def with_endpoints(document: Document, world: World, changed: Collection[Name]) 
     if names - served:
         return None
     return replace(document, upstreams=tuple(upstreams))
+
+
+def same_but_for_endpoints(old: Document, new: Document) -> bool:
+    """Say whether two documents made of the same Ingresses proxy the same locations, if perhaps to other addresses.
+
+    Then nothing that a user wrote is in the one and not in the other: a location that answers 503 leaves out what its
+    annotations ask for.
+    """
+    return [_shape(one) for one in _locations(old)] == [_shape(one) for one in _locations(new)]
+
+
+def _locations(document: Document) -> list[Location]:
+    return [one for server in document.servers for one in server.locations]
+
+
+def _shape(one: Location) -> tuple[str, str, int, bool, str, str]:
+    return one.modifier, one.uri, one.status, one.default_backend is None, one.deny_reason, one.alternative

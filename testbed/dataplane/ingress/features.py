@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -48,6 +48,15 @@ _SAFE_COOKIE = re.compile(r"\w+", re.ASCII)
 def digest(*parts: object) -> str:
     """Return 16 characters that stand for these values in the name of something of nginx's."""
     return hashlib.sha256("\0".join(str(part) for part in parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """The alternative Ingress of a location: it only says where some of the requests go instead."""
+
+    key: IngressKey
+    backend: Backend
+    annotations: Annotations
 
 
 class Features:
@@ -102,7 +111,7 @@ class Features:
             return "", ""
         return namespace, reference[1]
 
-    def add(self, location: Location, canary: tuple[Backend, Annotations] | None) -> Location:
+    def add(self, location: Location, canary: Canary | None) -> Location:
         """Return the location with all that its annotations ask for; ``canary``: the alternative Ingress's."""
         said, key = location.annotations, location.ingress
         assert key is not None
@@ -125,17 +134,18 @@ class Features:
 
     # -- where requests go -------------------------------------------------------------------------------------------
 
-    def _target(self, location: Location, said: Annotations, canary: tuple[Backend, Annotations] | None) -> Location:
+    def _target(self, location: Location, said: Annotations, canary: Canary | None) -> Location:
         place = ""
         if said.affinity or canary is not None:
-            place = digest(location.ingress, location.path, location.backend.name)
+            # One Ingress may have several hosts, of which each may have a canary of its own.
+            place = digest(location.ingress, location.path, location.backend.name, canary.key if canary else "")
         target, sticky = self._balanced(location.backend, said, place)
         location = replace(location, target=target, sticky_header=sticky)
         if canary is not None:
-            self._complicates(canary[0])
-        if canary is None or not canary[0].servers:
+            self._complicates(canary.backend)
+        if canary is None or not canary.backend.servers:
             return location
-        backend, rules = canary
+        backend, rules = canary.backend, canary.annotations
         other, _ = self._balanced(backend, replace(rules, affinity=None), digest(place, "canary"))
         chosen = self._canary(place, rules, _as_value(target), _as_value(other))
         shown = f"alternative_{place}"
@@ -343,9 +353,7 @@ class Features:
             host=urlsplit(url.split("$")[0]).netloc,
             signin_location=f"@signin_{place}" if signin else "",
             signin=signin,
-            response_headers=tuple(
-                (name, f"auth_header_{digest(name)}") for name in said.auth_response_headers
-            ),  # fmt: skip
+            response_headers=tuple((name, f"auth_header_{digest(name)}") for name in said.auth_response_headers),
             set_headers=headers,
         )
 

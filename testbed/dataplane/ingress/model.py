@@ -213,6 +213,7 @@ class Document:
     files: Mapping[str, bytes] = field(default_factory=dict)
     notes: tuple[tuple[IngressKey, str], ...] = ()
     caches_auth: bool = False
+    referenced: frozenset[tuple[str, str]] = frozenset()  # Services that are named anywhere
     complicated: frozenset[tuple[str, str]] = frozenset()  # Services on whose endpoints more than upstreams depends
 
     @property

@@ -6,8 +6,13 @@ directive.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+_BLANKS = re.compile(r"[ \t\r\n]+")
+_PLAIN = re.compile(r"[^ \t\r\n;{$\\]+")
+_PLAIN_QUOTED = re.compile(r"[^\"'\\\n]+")
 
 
 class SyntaxProblem(ValueError):
@@ -81,9 +86,10 @@ def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
     at, line, end = 0, 1, len(text)
     while at < end:
         char = text[at]
-        if char in " \t\r\n":
-            line += char == "\n"
-            at += 1
+        blanks = _BLANKS.match(text, at)
+        if blanks:
+            line += blanks[0].count("\n")
+            at = blanks.end()
         elif char == "#":
             at = text.find("\n", at)
             at = end if at < 0 else at
@@ -100,6 +106,11 @@ def _quoted(text: str, at: int, line: int) -> tuple[str, int, int]:
     quote, first, found = text[at], line, []
     at += 1
     while at < len(text) and text[at] != quote:
+        plain = _PLAIN_QUOTED.match(text, at)
+        if plain:
+            found.append(plain[0])
+            at = plain.end()
+            continue
         if text[at] == "\\" and at + 1 < len(text):
             following = text[at + 1]
             escaped = {"t": "\t", "r": "\r", "n": "\n"}.get(following, following if following in "\"'\\" else None)
@@ -120,6 +131,11 @@ def _quoted(text: str, at: int, line: int) -> tuple[str, int, int]:
 def _bare(text: str, at: int, line: int) -> tuple[str, int, int]:
     found = []
     while at < len(text):
+        plain = _PLAIN.match(text, at)
+        if plain:
+            found.append(plain[0])
+            at = plain.end()
+            continue
         char = text[at]
         if char == "$" and text[at + 1 : at + 2] == "{":  # a variable's brace opens no block
             closing = text.find("}", at)

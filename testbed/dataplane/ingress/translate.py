@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from testbed.dataplane.ingress.annotations import Annotations, parse_annotations
-from testbed.dataplane.ingress.features import Features
+from testbed.dataplane.ingress.features import Canary, Features
 from testbed.dataplane.ingress.model import (
     Backend,
     ClientCertificates,
@@ -35,7 +35,7 @@ from testbed.dataplane.ingress.secrets import KeyPair, authority, file_name, key
 from testbed.dataplane.ingress.settings import Options, Settings
 from testbed.dataplane.ingress.values import BadValue, refuse_control, regex
 from testbed.dataplane.ingress.world import Backends, Name, World, key_of, our_ingresses
-from testbed.model.objects import Object, namespace_of
+from testbed.model.objects import Object
 
 CATCH_ALL: Final = "_"
 DEFAULT_BACKEND: Final = "upstream-default-backend"
@@ -174,6 +174,7 @@ class _Translation:
             files=dict(sorted(self._files.items())),
             notes=tuple(self._notes),
             caches_auth=self._features.caches_auth,
+            referenced=self._backends.referenced,
             complicated=frozenset(self._features.complicated | self._default_service()),
         )
 
@@ -377,27 +378,31 @@ class _Translation:
         rules = sorted(host.rules.values(), key=_location_order)
         # An Exact path keeps its '=' whatever a Prefix beside it would also like to have it for.
         claimed = set() if by_regex else {("=", rule.path) for rule in rules if rule.path_type == "Exact"}
-        made: set[tuple[str, str]] = set()
+        made: dict[tuple[str, str], Location] = {}
         for rule in rules:
             template: Location | None = None
             for key in location_keys(rule, by_regex=by_regex):
                 if key in made or (key in claimed and rule.path_type != "Exact"):
                     continue
-                made.add(key)
                 if template is None:
                     template = self._location(host, rule, has_tls=has_tls)
                     if has_client_certificates:
                         template = replace(template, upstream_tls_checks=True)
-                yield replace(template, modifier=key[0], uri=key[1])
+                made[key] = replace(template, modifier=key[0], uri=key[1])
         if ("", "/") not in made:
-            yield self._root(host, has_tls=has_tls)
+            made[("", "/")] = self._root(host, has_tls=has_tls)
+        yield from made.values()
+        # Asked for /foo, nginx would send the client on to an Exact /foo/ (301): Exact means that it goes elsewhere.
+        for modifier, uri in list(made):
+            bare = uri.rstrip("/")
+            if modifier == "=" and uri.endswith("/") and bare and ("=", bare) not in made:
+                longest = max((text for kind, text in made if not kind and bare.startswith(text)), key=len)
+                yield replace(made[("", longest)], modifier="=", uri=bare)
 
     def _root(self, host: _Host, *, has_tls: bool) -> Location:
         """Return the '/' of a server that no rule gives: the Ingress's own default backend, or everybody's."""
         if host.fallback is not None:
-            backend = self._backends.find(namespace_of(host.fallback.source.ingress), host.fallback.backend)
-            if backend.can_serve or not backend.service:
-                return replace(self._location(host, host.fallback, has_tls=has_tls), modifier="", uri="/")
+            return replace(self._location(host, host.fallback, has_tls=has_tls), modifier="", uri="/")
         first = host.sources[0].key if host.sources and host.name != CATCH_ALL else None
         return Location(
             modifier="", uri="/", ingress=first, path="/", backend=self._default,
@@ -428,9 +433,11 @@ class _Translation:
         canary = host.canaries.get((rule.path, rule.path_type))
         alternative = None
         if canary is not None:
-            alternative = (
-                self._backends.find(canary.source.key.namespace, canary.backend), canary.source.annotations
-            )  # fmt: skip
+            alternative = Canary(
+                key=canary.source.key,
+                backend=self._backends.find(canary.source.key.namespace, canary.backend),
+                annotations=canary.source.annotations,
+            )
         return self._features.add(location, alternative)
 
     def _redirects_to_tls(self, said: Annotations, *, has_tls: bool) -> bool:

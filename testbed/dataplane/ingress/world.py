@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -82,6 +83,14 @@ _RESOURCES: Final = {
 }
 
 
+@lru_cache(maxsize=65536)
+def _is_object_name(text: str) -> bool:
+    try:
+        return bool(object_name(text))
+    except ValueError:
+        return False
+
+
 def key_of(ingress: Object) -> IngressKey:
     return IngressKey(namespace_of(ingress), name_of(ingress))
 
@@ -101,9 +110,16 @@ def is_ours(ingress: Object, classes: Mapping[Name, Object], options: Options) -
 
 
 def our_ingresses(world: World, options: Options) -> list[Object]:
-    """Return our Ingresses, oldest first, then by namespace and name: who comes first wins a conflict."""
+    """Return our Ingresses, oldest first, then by namespace and name: who comes first wins a conflict.
+
+    One with a name that the API would not have taken is nobody's.
+    """
     return sorted(
-        (one for one in world.ingresses.values() if is_ours(one, world.classes, options)),
+        (
+            one
+            for (namespace, name), one in world.ingresses.items()
+            if is_ours(one, world.classes, options) and _is_object_name(namespace) and _is_object_name(name)
+        ),
         key=lambda one: (one["metadata"].get("creationTimestamp") or "", namespace_of(one), name_of(one)),
     )
 
@@ -133,14 +149,19 @@ class Backends:
         self._found: dict[tuple[str, str, str, bool], Backend] = {}
         self._names: dict[str, tuple[str, str, str]] = {}
 
+    @property
+    def referenced(self) -> frozenset[Name]:
+        """Every Service that was asked for."""
+        return frozenset((namespace, service) for namespace, service, _, _ in self._found)
+
     def find(self, namespace: str, reference: Object | None, *, cluster_ip: bool = False) -> Backend:
         """Return the backend of a rule's ``backend``: its ``service``, with name and port."""
         service = (reference or {}).get("service") or {}
         name = str(service.get("name") or "")
         wanted = service.get("port") or {}
         port = str(wanted.get("number") or wanted.get("name") or "")
-        if not name or not port:
-            return Backend(name=f"{namespace}-INVALID", namespace=namespace, service=name, port=port, is_missing=True)
+        if not _is_object_name(name) or not _is_object_name(port):
+            return Backend(name=f"{namespace}-INVALID", namespace=namespace, service="", port="", is_missing=True)
         return self.named(namespace, name, port, cluster_ip=cluster_ip)
 
     def first_port(self, namespace: str, name: str) -> Backend:
@@ -198,13 +219,6 @@ class Backends:
             number += 1
             shown = f"{plain}-{number}"
         return shown
-
-
-def _is_object_name(text: str) -> bool:
-    try:
-        return bool(object_name(text))
-    except ValueError:
-        return False
 
 
 def service_port(ports: Iterable[Object], wanted: str) -> Object | None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
-from testbed.dataplane.ingress.endpoints import with_endpoints
+from testbed.dataplane.ingress.endpoints import same_but_for_endpoints, with_endpoints
 from testbed.dataplane.ingress.model import Document, IngressKey
 from testbed.dataplane.ingress.render import Renderer
 from testbed.dataplane.ingress.settings import Options
@@ -44,9 +44,9 @@ from testbed.programs.proxy_status import ProxyMetrics
 
 RESOURCES: Final = (INGRESSES, CLASSES, SERVICES, SLICES, SECRETS, CONFIGMAPS)
 #: Changes that come within this time of each other are applied together.
-QUIET_S: Final = 0.05
+QUIET_S: Final = 0.03
 #: A change waits at most so long for others.
-LONGEST_WAIT_S: Final = 0.3
+LONGEST_WAIT_S: Final = 0.2
 _RESTART_PAUSE_S: Final = 0.5
 _MAX_LEFT_OUT: Final = 100
 
@@ -193,10 +193,12 @@ class IngressLoop:
             document = with_endpoints(self._document, self.world, changed)
         endpoints_only = document is not None
         if document is None:
+            before = self._document
             document = translate(
                 self.world, self.options, default_certificate=self._default_certificate, resolvers=self._resolvers
             )
             self._show_notes(document)
+            endpoints_only = changed is not None and before is not None and same_but_for_endpoints(before, document)
         text = self._renderer.render(document)
         if not self._nginx.is_alive:
             self._start(document, text)

@@ -6,15 +6,13 @@ datagrams rather than hold up nginx, so counts may fall short, but never a reque
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import socket
 import threading
 from collections.abc import Mapping
 from typing import Any, Final
 
-from testbed.dataplane.ingress.render import METRICS_SOCKET
+from testbed.dataplane.ingress.render import METRICS_ADDRESS
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BYTES: Final = tuple(float(10**power) for power in range(1, 8))
@@ -41,14 +39,11 @@ class RequestMetrics:
         self._requests: dict[Labels, int] = {}
         self._histograms: dict[tuple[str, Labels], list[float]] = {}  # count below each bound, then sum and count
 
-    def listen(self, path: str = METRICS_SOCKET) -> None:
+    def listen(self, address: tuple[str, int] = METRICS_ADDRESS) -> None:
         """Take datagrams from nginx, from a thread of its own."""
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        made.bind(path)
+        made.bind(address)
         threading.Thread(target=self._read, args=(made,), name="metrics", daemon=True).start()
 
     def _read(self, made: socket.socket) -> None:
