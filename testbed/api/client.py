@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import quote, urlencode
 
 from testbed.errors import ApiError, Cause, LabError
+from testbed.kernel.pace import patient
 from testbed.model.json_values import three_way_merge_patch
 from testbed.model.objects import BY_KEY, BY_KIND, Object, Resource
 
@@ -127,7 +128,7 @@ class ApiClient:
     def __init__(self, server: str | Server, timeout_s: float = 10) -> None:
         """``server``: the path of the API's socket, or another way to reach it."""
         self._server: Server = UnixServer(server) if isinstance(server, str) else server
-        self._timeout_s = timeout_s
+        self._timeout_s = patient(timeout_s)
         self._local = threading.local()
         self._discovered: dict[tuple[str, str], Resource] = {}  # by apiVersion and kind
 

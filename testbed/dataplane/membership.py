@@ -151,7 +151,7 @@ class Membership:
         silent = {
             name
             for name, member in self._members.items()
-            if member.is_alive and now_s - member.heard_s >= self.timings.dead_after_s
+            if member.is_alive and now_s >= member.heard_s + self.timings.dead_after_s
         }
         for name in silent:
             self._members[name].is_alive = False

@@ -627,15 +627,21 @@ def _make_layers(folder: str) -> None:
         os.makedirs(f"{folder}/{part}")
 
 
-def preload() -> None:
+def preload(proxy_mode: str) -> None:
     """Import what forked programs run: a cold import of kube-proxy would cost each node 0.3 s, shared pages cost nothing."""
     import yaml
 
-    from testbed.programs import builtins, dns, kube_proxy
-    from testbed.programs.ingress import main
-    from testbed.programs.openelb import controller, speaker_main
+    if proxy_mode == "ipvs":  # 22 MiB, and 1.6 s in the nested kernel
+        from testbed.kernel import ipvs_node, pyroute2_messages
+        from testbed.programs import proxy_ipvs
 
-    del yaml, builtins, controller, dns, kube_proxy, main, speaker_main
+        pyroute2_messages.load()
+        del ipvs_node, proxy_ipvs, pyroute2_messages
+
+    from testbed.programs import builtins, dns, kube_proxy
+    from testbed.programs.openelb import speaker_main
+
+    del yaml, builtins, dns, kube_proxy, speaker_main
 
 
 def _run_cli(network: LabNetwork) -> None:

@@ -11,15 +11,16 @@ import re
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
-
-from jinja2 import Environment, StrictUndefined
 
 from testbed.dataplane.ingress.model import NO_ANNOTATIONS, Document, Location, Raw, Server, Upstream
 from testbed.dataplane.ingress.quoting import quoted, quoted_value
 from testbed.dataplane.ingress.settings import UPSTREAM_LOG_FORMAT
 from testbed.dataplane.ingress.values import bytes_of
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 GENERATION_FILE: Final = "/etc/nginx/generation.conf"
 #: Where nginx tells of each request (UDP): a full buffer drops, while a Unix socket holds ten datagrams and then complains.
@@ -46,6 +47,8 @@ def _finalize(value: Any) -> Any:
 
 @cache
 def _environment() -> Environment:
+    from jinja2 import Environment, StrictUndefined  # 60 ms: not for who only imports this
+
     environment = Environment(  # noqa: S701  # this is no HTML; _finalize quotes
         finalize=_finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

@@ -34,9 +34,10 @@ from testbed.controllers.openelb.names import BGP_CONFS, BGP_PEERS, EIPS, LAYER2
 from testbed.controllers.openelb.pools import Pool, parse_pool, status_of
 from testbed.errors import ApiError, InputError, TestbedError
 from testbed.model.objects import Object, is_terminating, name_of, namespace_of
-from testbed.programs.answers import Answer, Listener
+from testbed.programs.answers import Listener
 from testbed.programs.kube_proxy import Changed, Listed, Stop, Watcher
 from testbed.programs.lease import Leadership
+from testbed.programs.openelb.faces import answer_faces
 from testbed.programs.openelb.flags import ControllerFlags, parse_controller_flags
 from testbed.programs.proxy_events import Events
 from testbed.programs.proxy_status import ProxyMetrics
@@ -323,19 +324,6 @@ def with_kinds(message: Message) -> Message:
     if isinstance(message, Changed):
         return replace(message, object=with_kind(message.resource, message.object))
     return message
-
-
-def answer_faces(metrics: ProxyMetrics, is_healthy: Callable[[], bool] = lambda: True) -> Callable[[str], Answer]:
-    """Return what answers on the metrics port: /metrics, /healthz, /readyz."""
-
-    def answer(path: str) -> Answer:
-        if path == "/metrics":
-            return Answer(200, metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
-        if path in ("/healthz", "/readyz"):
-            return Answer(200, "ok") if is_healthy() else Answer(500, "not listed yet\n")
-        return Answer(404, "404 page not found\n")
-
-    return answer
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:

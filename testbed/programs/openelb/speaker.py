@@ -35,6 +35,7 @@ from testbed.model.objects import Object, name_of, namespace_of
 from testbed.programs.kube_proxy import Changed, Listed
 from testbed.programs.openelb.flags import SETTINGS_CONFIGMAP, Settings, SpeakerFlags, read_settings
 from testbed.programs.openelb.gossip import Heard
+from testbed.programs.openelb.rivals import Rivals
 
 SERVICES: Final = "services"
 ENDPOINTS: Final = "endpoints"
@@ -55,8 +56,6 @@ _KINDS: Final = {
 _IDLE_S: Final = 5.0
 _JOIN_WITHIN_S: Final = 1.0
 _PREPARED: Final = 256  # addresses of a pool whose frames are built before anybody has them
-_PROBE_AFTER_S: Final = 2.0
-_PROBE_EVERY_S: Final = 10.0
 _LINKS_EVERY_S: Final = 2.0
 _LAYER2_OFF: Final = (
     "the speakers run with --enable-layer2=false and answer ARP all the same: those of OpenELB 0.6 would not, and nobody "
@@ -135,9 +134,7 @@ class _Link:
     pools: set[str] = field(default_factory=set)
     frames: dict[bytes, AddressFrames] = field(default_factory=dict)
     asked: set[IPv4Address] = field(default_factory=set)
-    foreign: dict[IPv4Address, set[str]] = field(default_factory=dict)
-    told: dict[IPv4Address, frozenset[str]] = field(default_factory=dict)
-    probe_at_s: dict[IPv4Address, float] = field(default_factory=dict)
+    rivals: Rivals = field(default_factory=Rivals)
 
 
 class SpeakerLoop:
@@ -189,7 +186,8 @@ class SpeakerLoop:
             case Heard(heartbeat, address):
                 self._hear(heartbeat, address, now_s)
             case Foreign(address, mac):
-                self._saw_foreign(address, mac, now_s)
+                for state in self._by_link.values():
+                    state.rivals.saw(address, mac, now_s)
             case Built(interface, frames):
                 if interface in self._by_link:
                     self._by_link[interface].frames.update(frames)
@@ -242,11 +240,12 @@ class SpeakerLoop:
         if heartbeat.wants_answer:
             self._beat += 1
             self._send(self._heartbeat(wants_answer=False), [address])
-        self._members_changed(change)
+        self._members_changed(change, now_s)
 
-    def _members_changed(self, change: Change) -> None:
+    def _members_changed(self, change: Change, now_s: float) -> None:
         if not change:
             return
+        self._probe_later(now_s)
         for names, what in ((change.came, "joined"), (change.went, "failed")):
             for name in sorted(names):
                 self._log(f"member {name} {what}; alive: {', '.join(sorted(self.membership.alive()))}")
@@ -363,7 +362,7 @@ class SpeakerLoop:
     def wait_s(self, now_s: float) -> float:
         """Return how long nothing needs to be done if no message comes."""
         due = [self._beat_at_s, self.membership.next_expiry_s(), self._links_at_s, now_s + _IDLE_S]
-        due += [at for state in self._by_link.values() for at in state.probe_at_s.values()]
+        due += [state.rivals.due_s() for state in self._by_link.values()]
         if not self._not_listed and (self._is_due or not self._is_ready):
             due.append(self._join_until_s if self._is_joining(now_s) else now_s if self._is_due else math.inf)
         return max(0.0, min(due) - now_s)
@@ -374,13 +373,14 @@ class SpeakerLoop:
         self.membership.timings = timings
         if now_s - self._stepped_s > timings.dead_after_s:  # stopped and continued: to the others we were dead
             self._announce_again = self._is_due = True
+            self._probe_later(now_s)
         self._stepped_s = now_s
         if now_s >= self._links_at_s:
             self._links_at_s = now_s + _LINKS_EVERY_S
             before = dict(self._link_of)
             self._register_pools()
             self._is_due = self._is_due or before != self._link_of
-        self._members_changed(self.membership.expire(now_s))
+        self._members_changed(self.membership.expire(now_s), now_s)
         self._note_what_we_cannot(now_s)
         if now_s >= self._beat_at_s:
             self._beat_at_s = now_s + timings.heartbeat_s
@@ -459,8 +459,7 @@ class SpeakerLoop:
             self._want_frames(link, [address])  # `Built` brings us back
             return
         state.responder.announce(address, frames)
-        state.foreign.pop(address, None)
-        state.probe_at_s[address] = now_s + _PROBE_AFTER_S
+        state.rivals.watch(address, now_s)
         outcome = self._outcome[str(address)]
         self._log(
             f"{address}: {self._node} announces (order {', '.join(outcome.order)}) for {', '.join(outcome.services)}"
@@ -468,9 +467,7 @@ class SpeakerLoop:
 
     def _withdraw(self, state: _Link, address: IPv4Address, before: Mapping[str, Announcement]) -> None:
         state.responder.withdraw(address)
-        state.foreign.pop(address, None)
-        state.told.pop(address, None)
-        state.probe_at_s.pop(address, None)
+        state.rivals.forget(address)
         now = self._outcome.get(str(address))
         why = "it is free" if now is None else f"{now.owner or 'nobody'} announces it"
         self._log(f"{address}: withdrawn ({why})")
@@ -512,42 +509,26 @@ class SpeakerLoop:
 
     # -- who else answers ------------------------------------------------------------------------------------------
 
-    def _saw_foreign(self, address: IPv4Address, mac: str, now_s: float) -> None:
+    def _probe_later(self, now_s: float) -> None:
+        """Addresses may change hands now: two that answer are no fault until that is over."""
         for state in self._by_link.values():
-            if address not in state.responder.announced:
-                continue
-            if address in state.foreign:
-                state.foreign[address].add(mac)
-            else:  # nobody was asked: it may be how an address changes hands; look again when that is over
-                at = state.probe_at_s.get(address, math.inf)
-                state.probe_at_s[address] = min(at, now_s + _PROBE_AFTER_S)
+            state.rivals.wait(now_s)
 
     def _probe(self, now_s: float) -> None:
         if self.settings.is_strict:  # upstream asks nobody
             return
         for state in self._by_link.values():
-            for address, at_s in list(state.probe_at_s.items()):
-                if now_s < at_s:
-                    continue
-                if address in state.foreign:  # the answers to the last probe are in
-                    self._report_foreign(state, address, frozenset(state.foreign.pop(address)))
-                    state.probe_at_s[address] = now_s + _PROBE_EVERY_S
-                else:
-                    state.foreign[address] = set()
-                    state.responder.probe(address)
-                    state.probe_at_s[address] = now_s + _PROBE_AFTER_S / 2
+            for address in state.rivals.to_probe(now_s):
+                state.responder.probe(address)
+            for address, macs in state.rivals.news(now_s):
+                self._tell_rivals(state.responder.mac, address, macs)
 
-    def _report_foreign(self, state: _Link, address: IPv4Address, macs: frozenset[str]) -> None:
-        if macs == state.told.get(address, frozenset()):
-            return
-        state.told[address] = macs
+    def _tell_rivals(self, own_mac: str, address: IPv4Address, macs: frozenset[str]) -> None:
         outcome = self._outcome.get(str(address))
         if not macs or outcome is None:
             self._log(f"{address}: nobody else answers any more")
             return
-        text = _FOREIGN.format(
-            address=address, node=self._node, mac=state.responder.mac, others=" and ".join(sorted(macs))
-        )
+        text = _FOREIGN.format(address=address, node=self._node, mac=own_mac, others=" and ".join(sorted(macs)))
         self._log(text)
         for service in self._services(outcome.services):
             self._tell(service, "Warning", "ForeignARP", text)

@@ -19,7 +19,7 @@ from testbed.kernel.addresses import link_towards, list_link_addresses
 from testbed.model.objects import Object
 from testbed.programs.answers import Listener
 from testbed.programs.kube_proxy import Changed, Listed, Stop, Watcher
-from testbed.programs.openelb.controller import answer_faces
+from testbed.programs.openelb.faces import answer_faces
 from testbed.programs.openelb.flags import SETTINGS_CONFIGMAP, parse_speaker_flags
 from testbed.programs.openelb.frames import request_frames
 from testbed.programs.openelb.gobgp import READY_FILE
