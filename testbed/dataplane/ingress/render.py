@@ -179,7 +179,7 @@ def _variables(document: Document) -> dict[str, Any]:
         "zones": document.zones,
         "geos": document.geos,
         "caches_auth": document.caches_auth,
-        "hash_sizes": document.headers_hash_sizes,
+        "hash_sizes": document.server_names_hash,
         "generation_file": Raw(GENERATION_FILE),
         "metrics_address": Raw("{}:{}".format(*METRICS_ADDRESS)),
         "log_format": _log_format(settings.log_format_upstream),
