@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The ingress controller: how fast requests pass, and how soon a change is served.
 
-Starts a lab of its own. First wrk from the outside client through a load balancer's address, in turns against the controller and
-against the same nginx with a plain reverse proxy's configuration in front of the same pods (proxy_buffering off, as
-ingress-nginx has it; no log, no headers, no variables): requests a second, p99, and their ratio (bar: 0.8). Then, with INGRESSES Ingresses of three paths and Services of their own, from the API write to the
-first right answer: a new Ingress (generated, tested, reloaded; bar: 3 s), and a changed endpoint (bar: 0.5 s). ``--json`` prints
-the same for machines. Needs root.
+Starts a lab of its own. First wrk from the outside client through a load balancer's address, in turns against the controller
+and against the same nginx with a plain reverse proxy's configuration in front of the same pods (proxy_buffering off, as
+ingress-nginx has it; no log, no headers, no variables): requests a second, p99, and their ratio (bar: 0.8). Then, with
+INGRESSES Ingresses of three paths and Services of their own, from the API write to the first right answer: a new Ingress
+(generated, tested, reloaded; bar: 3 s), and a changed endpoint (bar: 0.5 s). ``--json`` prints the same for machines. Needs
+root, and an otherwise idle machine for the times.
 """
 
 from __future__ import annotations
