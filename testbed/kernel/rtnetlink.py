@@ -19,13 +19,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from types import TracebackType
+from typing import NamedTuple
 
 from testbed.errors import KernelError
 
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 0x100, 0x200, 0x400
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_RTM_NEWLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 18, 19
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
 _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 24, 28, 29
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_PROTINFO = 1, 3, 4, 10, 12
 _IFLA_LINKINFO, _IFLA_NET_NS_FD = 18, 28
@@ -37,7 +38,8 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_PERMANENT = 0x80
 _NLA_F_NESTED = 0x8000
-_IFF_UP = 1
+_IFF_UP, _IFF_LOWER_UP = 1, 1 << 16
+_RTMGRP_LINK = 1
 _SOL_NETLINK, _NETLINK_EXT_ACK, _NETLINK_CAP_ACK = 270, 11, 10
 _NLM_F_CAPPED, _NLM_F_ACK_TLVS, _NLMSGERR_ATTR_MSG = 0x100, 0x200, 1
 
@@ -64,6 +66,7 @@ class LinkState:
     name: str
     is_up: bool
     master: int
+    mac: bytes = b""
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
@@ -192,6 +195,48 @@ def delete_neighbour(index: int, address: IPv4Address) -> Request:
     return Request(_RTM_DELNEIGH, 0, body, f"delete neighbour {address}", frozenset({errno.ENOENT, errno.ENODEV}))
 
 
+class LinkEvent(NamedTuple):
+    """What has become of a link: it is there (``has_carrier``: and connected), or it is not (``deleted``)."""
+
+    name: str
+    has_carrier: bool
+    deleted: bool
+
+
+class LinkWatch:
+    """What happens to the links of the namespace that this is made in. `fileno` is readable when something has happened."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+        )
+        self._socket.bind((0, _RTMGRP_LINK))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def read(self) -> Iterator[LinkEvent]:
+        """Return what has happened; where the kernel had to leave something out, only what came after."""
+        while True:
+            try:
+                packet = self._socket.recv(1 << 18)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                continue
+            for kind, _flags, _sequence, body in _messages(packet):
+                # a bridge tells of its ports with messages of its own family, also when one only leaves it
+                if kind in (_RTM_NEWLINK, _RTM_DELLINK) and body[0] == socket.AF_UNSPEC:
+                    name = dict(_attributes(body[16:]))[_IFLA_IFNAME].rstrip(b"\0").decode()
+                    flags = struct.unpack_from("=I", body, 8)[0]
+                    yield LinkEvent(name, bool(flags & _IFF_LOWER_UP), kind == _RTM_DELLINK)
+
+
 class RtnetlinkSocket:
     """A netlink socket that works on the namespace it was opened in, wherever the process has moved since."""
 
@@ -261,15 +306,19 @@ class RtnetlinkSocket:
                 values = dict(_attributes(body[16:]))
                 name = values[_IFLA_IFNAME].rstrip(b"\0").decode()
                 master = struct.unpack("=I", values[_IFLA_MASTER])[0] if _IFLA_MASTER in values else 0
-                found.append(LinkState(index, name, bool(flags & _IFF_UP), master))
+                found.append(LinkState(index, name, bool(flags & _IFF_UP), master, values.get(_IFLA_ADDRESS, b"")))
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        packet = self._socket.recv(1 << 18)
-        offset = 0
-        while offset < len(packet):
-            length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", packet, offset)
-            yield kind, flags, sequence, packet[offset + 16 : offset + length]
-            offset += (length + 3) & ~3
+        return _messages(self._socket.recv(1 << 18))
+
+
+def _messages(packet: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Return the messages of a packet: type, flags, sequence number, body."""
+    offset = 0
+    while offset < len(packet):
+        length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", packet, offset)
+        yield kind, flags, sequence, packet[offset + 16 : offset + length]
+        offset += (length + 3) & ~3
 
 
 def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
