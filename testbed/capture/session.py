@@ -39,9 +39,11 @@ from testbed.model.flows import read_key
 _DRAIN_S = SETTLE_NS / 1e9
 _START_WITHIN_S = 20.0
 _END_WITHIN_S = 5.0
+_LAB_END_WITHIN_S = 1.0
+_TELL_AFTER_S = 0.3  # that a point is gone: when it is the whole lab, that will be known by then
 _ROUND_S = 0.004
 """Between two looks at busy pipes: each look costs switches between processes, which the captured traffic pays for."""
-_IDLE_S = 0.1
+_IDLE_S = 0.05
 _FORGET_EVERY_S = 10.0
 _READ_BYTES = 1 << 20
 
@@ -94,6 +96,7 @@ class CaptureSession:
         self._deadline = 0.0  # of the present state, on the monotonic clock
         self._stop_ns: int | None = None
         self._ending: dict[int, float] = {}  # points that have gone: when their tcpdump is told
+        self._gone: list[tuple[float, PointProcess]] = []  # what has ended by itself, and when that is said
         self._signals = 0
         self._lab_ended = False
         self._failure: Exception | None = None
@@ -211,6 +214,7 @@ class CaptureSession:
                 self.processes[number].signal(signal.SIGINT)
         for process in self.processes:
             process.reap()
+        self._tell_of_gone(now)
         if all(process.output < 0 and process.complaints < 0 for process in self.processes):
             self._state = _State.OVER
         elif now >= self._deadline:
@@ -252,7 +256,7 @@ class CaptureSession:
         os.close(process.output)
         process.output = -1
         self._merger.end(number)
-        self._tell_gone(process)
+        self._note_gone(process)
 
     def _read_complaints(self, number: int) -> None:
         process = self.processes[number]
@@ -260,13 +264,19 @@ class CaptureSession:
             self._selector.unregister(process.complaints)
             os.close(process.complaints)
             process.complaints = -1
-            self._tell_gone(process)
+            self._note_gone(process)
 
-    def _tell_gone(self, process: PointProcess) -> None:
-        if process.output >= 0 or process.complaints >= 0 or self._lab_ended:
+    def _note_gone(self, process: PointProcess) -> None:
+        if process.output >= 0 or process.complaints >= 0:
             return
         if self._state in (_State.RUNNING, _State.DRAINING):
-            process.gone = process.gone or process.last_words or "tcpdump has ended"
+            process.gone = process.gone or process.last_words or "tcpdump was ended by somebody"
+            self._gone.append((time.monotonic() + _TELL_AFTER_S, process))
+
+    def _tell_of_gone(self, until: float) -> None:
+        """Name the points that have gone, unless it is the whole lab."""
+        while self._gone and self._gone[0][0] <= until and not self._lab_ended:
+            _, process = self._gone.pop(0)
             living = sum(each.output >= 0 for each in self.processes)
             others = {0: "no point is left", 1: "the other one goes on"}.get(living, f"the other {living} go on")
             self._say(f"{process.point.name} is gone: {process.gone}; {others}")
@@ -345,6 +355,9 @@ class CaptureSession:
     def _finish(self) -> None:
         for process in self.processes:
             process.reap()
+        if self._stop_ns is None and self._failure is None:  # every point is gone: did the lab take them along?
+            self._lab_ended = self._lab_ended or bool(self._cluster.lab.why_ended(within_s=_LAB_END_WITHIN_S))
+        self._tell_of_gone(float("inf"))
         self._hand_on(self._merger.ready())
         if self._tracker is not None:
             for connection in self._tracker.take_all():
