@@ -371,6 +371,9 @@ def capture(points: tuple[str, ...], filter_text: str, **options: Any) -> int:
     "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
 )
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
+@click.option(
+    "--capture/--no-capture", "record", default=True, help="With --report: keep packets of steps, and of what fails."
+)
 def run(
     scenarios: tuple[str, ...],
     modes: tuple[str, ...],
@@ -378,11 +381,14 @@ def run(
     output: str,
     report_folder: Path | None,
     keep: bool,
+    record: bool,
 ) -> int:
     """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
     from testbed.cli.run import run_scenarios
 
-    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend, output, report_folder, keep)
+    return run_scenarios(
+        [Path(name) for name in scenarios], modes, iptables_backend, output, report_folder, keep, record
+    )
 
 
 @cli.command()

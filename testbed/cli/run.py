@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import load_scenario
 from testbed.model.scenario import Scenario, Step
 from testbed.scenario.modes import check_mode, why_not
+from testbed.scenario.recorder import LabRecorder
 from testbed.scenario.report import TextReport, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 
@@ -25,6 +27,7 @@ def run_scenarios(
     output: str,
     report_folder: Path | None,
     keep: bool,
+    record: bool = True,
 ) -> int:
     """Run scenarios and print a report; return 0 when everything was as expected, 1 when not."""
     scenarios = _load_all(paths)
@@ -45,7 +48,9 @@ def run_scenarios(
     refused: TestbedError | None = None
     try:
         for number, (scenario, mode) in enumerate(planned, 1):
-            result, name, ended = _run_one(scenario, mode, backend, narrator, keep=keep and number == len(planned))
+            last = number == len(planned)
+            packets = report_folder if record else None
+            result, name, ended = _run_one(scenario, mode, backend, narrator, keep=keep and last, packets=packets)
             results.append((result, name))
             if ended:
                 raise LabError(f"scenario {scenario.name} in {mode}: {ended}")
@@ -123,18 +128,33 @@ class _Narrator:
 
 
 def _run_one(
-    scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool
+    scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool, packets: Path | None
 ) -> tuple[ScenarioResult, str, str]:  # fmt: skip
     """Return the result, the lab's name, and, when the lab ended before the scenario did, what is known of that."""
     name = _free_name(scenario.name)
     with start_lab(scenario.topology, name=name, proxy_mode=mode, iptables_backend=backend, attached=True) as lab:
         narrator.say(narrator.report.heading(scenario.name, mode, name))
-        result = run_scenario(scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end)
+        with _recorder(packets, scenario, mode, name, narrator) as recorder:
+            result = run_scenario(
+                scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end, recorder=recorder
+            )  # fmt: skip
         ended = "" if result.passed else lab.why_ended()
         if keep and not ended:
             lab.detach()
             narrator.say(f"lab {name} is kept: `testbed exec -l {name} …`, `testbed down {name}`")
     return result, name, ended
+
+
+@contextmanager
+def _recorder(
+    folder: Path | None, scenario: Scenario, mode: str, lab: str, narrator: _Narrator
+) -> Iterator[LabRecorder | None]:  # fmt: skip
+    """Keep packets in the report folder, if there is one."""
+    if folder is None:
+        yield None
+        return
+    with LabRecorder(lab, scenario.topology, folder, f"{scenario.name}-{mode}", warn=narrator.say) as recorder:
+        yield recorder
 
 
 def _free_name(wanted: str) -> str:
