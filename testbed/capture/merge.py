@@ -16,7 +16,9 @@ from typing import NamedTuple
 from testbed.errors import KernelError
 
 SETTLE_NS = 1_300_000_000
-"""A block's time-out (1 s), and 0.3 s for tcpdump to be given the processor."""
+"""A block's time-out (1 s), and 0.3 s for tcpdump to be given the processor: for people who watch."""
+SETTLE_FOR_FILES_NS = 3_000_000_000
+"""The same for files, whose readers can wait, on a machine that is busy."""
 _JITTER_NS = 1_000_000
 """Within one point, packets of two processors may be stamped in another order than they are queued in."""
 _NANOSECOND_MAGIC = 0xA1B23C4D
@@ -49,7 +51,9 @@ class _Stream:
 class Merger:
     """Puts the packets of several points in order."""
 
-    def __init__(self, points: int) -> None:
+    def __init__(self, points: int, *, settle_ns: int = SETTLE_NS) -> None:
+        """``settle_ns``: how long a point must have been quiet for what others had so long ago to be let go."""
+        self._settle_ns = settle_ns
         self._streams = [_Stream() for _ in range(points)]
         self._pending: list[Record] = []
         self._let_go_ns = 0
@@ -91,7 +95,7 @@ class Merger:
     def is_quiet(self, point: int, now_ns: int) -> None:
         """A point's pipe was found empty at this time of day."""
         stream = self._streams[point]
-        stream.known_until_ns = max(stream.known_until_ns, now_ns - SETTLE_NS)
+        stream.known_until_ns = max(stream.known_until_ns, now_ns - self._settle_ns)
 
     def end(self, point: int) -> None:
         """A point says no more."""

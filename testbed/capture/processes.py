@@ -19,6 +19,7 @@ from testbed.kernel.processes import spawn_in_network
 _CHECK_TIMEOUT_S = 10.0
 _PIPE_BYTES = 1 << 20
 _COUNTS = re.compile(r"(\d+) packets? (captured|received by filter|dropped by kernel)")
+_WHAT = ("captured", "received by filter", "dropped by kernel")
 _IGNORED = re.compile(r"^tcpdump: (listening on|data link type|verbose output)")
 
 
@@ -60,7 +61,7 @@ def check_filters(filters: Iterable[str]) -> None:
 
 @dataclass(slots=True)
 class PointProcess:
-    """tcpdump at one point. ``captured``, ``received`` and ``dropped`` are what it says at its end."""
+    """tcpdump at one point. ``counts`` are what it said last of its packets."""
 
     point: Point
     pid: int
@@ -72,6 +73,23 @@ class PointProcess:
     status: int | None = None
     gone: str = ""  # why it ended before it was asked to
     packets: int = 0  # that came through the pipe
+    at_stop: tuple[int, int] | None = (
+        None  # when the capture was stopped: received by the filter, dropped by the kernel
+    )
+    is_wanted: bool = True  # what the kernel still holds belongs to the capture
+
+    def ask_counts(self) -> None:
+        """Have it say how many packets there have been until now: `is_dry` then knows what is still to come."""
+        self.counts.clear()
+        self.said = ""
+        self.signal(signal.SIGUSR1)
+
+    @property
+    def is_dry(self) -> bool:
+        """Everything that was received before `ask_counts` has come through the pipe."""
+        if self.at_stop is None and len(self.counts) == len(_WHAT):
+            self.at_stop = (self.counts["received by filter"], self.counts["dropped by kernel"])
+        return self.output < 0 or (self.at_stop is not None and self.packets >= self.at_stop[0] - self.at_stop[1])
 
     def read_complaints(self) -> bool:
         """Read what it has said; return whether that was the end."""
@@ -95,12 +113,17 @@ class PointProcess:
         return (lines[-1] if lines else "").removeprefix("tcpdump: ")
 
     @property
-    def dropped(self) -> int:
-        return self.counts.get("dropped by kernel", 0)
+    def received(self) -> int:
+        """How many packets passed the filter while the capture ran."""
+        counted = self.at_stop[0] if self.at_stop else self.counts.get("received by filter", 0) if self.is_wanted else 0
+        return max(counted, self.packets) if self.at_stop is None else counted
 
     @property
-    def received(self) -> int:
-        return max(self.counts.get("received by filter", 0), self.packets)
+    def lost(self) -> int:
+        """How many of them are missing: the kernel's buffer was full, or was not empty when the capture had to end."""
+        if not self.is_wanted or (self.at_stop is None and self.gone):
+            return self.counts.get("dropped by kernel", 0)
+        return max(0, self.received - self.packets)
 
     def signal(self, number: int) -> None:
         if self.status is None:

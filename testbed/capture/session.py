@@ -5,7 +5,8 @@ One thread and one selector, for pipes, conntrack's and the links' events, signa
     starting ─ every point listens ─▶ running ─ Ctrl-C, --duration ─▶ draining ─ a block's time-out ─▶ ending ─▶ over
                                          └─ --count, a sink that fails, second Ctrl-C ──────────────────▲
 
-Draining waits for what the kernel holds back (merge.py); packets that were stamped after the stop are left out.
+Draining waits for what the kernel holds back (merge.py): tcpdump says how many packets it had received at the stop, and as
+many must come. Packets that were stamped after the stop are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from testbed.kernel.netns import inside_network
 from testbed.kernel.rtnetlink import LinkWatch
 from testbed.model.flows import read_key
 
-_DRAIN_S = SETTLE_NS / 1e9
+_GONE_AFTER_S = 1.3  # of a point whose link is gone: a block's time-out, and some
+_DRAIN_AT_MOST_S = 30.0
 _START_WITHIN_S = 20.0
 _END_WITHIN_S = 5.0
 _LAB_END_WITHIN_S = 1.0
@@ -62,6 +64,7 @@ class CaptureOptions:
 
     snap_bytes: int
     buffer_kib: int
+    settle_ns: int = SETTLE_NS
     duration_s: float | None = None
     count: int | None = None
 
@@ -90,7 +93,7 @@ class CaptureSession:
         self._say = say
         self._on_connection = on_connection
         self._on_new_connection = on_new_connection
-        self._merger = Merger(len(points))
+        self._merger = Merger(len(points), settle_ns=options.settle_ns)
         self._selector = selectors.DefaultSelector()
         self._state = _State.STARTING
         self._deadline = 0.0  # of the present state, on the monotonic clock
@@ -215,25 +218,29 @@ class CaptureSession:
         for process in self.processes:
             process.reap()
         self._tell_of_gone(now)
+        if self._state is _State.DRAINING and all(process.is_dry for process in self.processes):
+            self._end_now()
         if all(process.output < 0 and process.complaints < 0 for process in self.processes):
             self._state = _State.OVER
         elif now >= self._deadline:
             if self._state is _State.RUNNING:
                 self.stop()
             elif self._state is _State.DRAINING:
-                self._end_now()
+                self._end_now()  # somebody has more to say than can be waited for; how much is counted
             else:  # somebody does not end: it is killed with everything else
                 self._state = _State.OVER
         if self._tracker is not None and now >= self._forget_at:
             self._forget_at = now + _FORGET_EVERY_S
-            self._tracker.forget_ended(time.time_ns() - SETTLE_NS)
+            self._tracker.forget_ended(time.time_ns() - self._options.settle_ns)
 
     def stop(self) -> None:
         """Take no packet that comes after now, and end when those before have come out of the kernel."""
         if self._state is _State.RUNNING:
             self._state = _State.DRAINING
             self._stop_ns = time.time_ns()
-            self._deadline = time.monotonic() + _DRAIN_S
+            self._deadline = time.monotonic() + _DRAIN_AT_MOST_S
+            for process in self.processes:
+                process.ask_counts()
 
     def _end_now(self) -> None:
         if self._state in (_State.RUNNING, _State.DRAINING):
@@ -289,7 +296,7 @@ class CaptureSession:
                 # A pod's link loses its carrier when the pod is removed; a machine's when somebody unplugs it for a while.
                 if event.deleted or (("/" in place or point.peer_mac) and not event.has_carrier):
                     self.processes[number].gone = "its link was removed"
-                    self._ending[number] = time.monotonic() + _DRAIN_S
+                    self._ending[number] = time.monotonic() + _GONE_AFTER_S
         if all(self.processes[n].gone for n, point in enumerate(self._points) if point.place == place):
             self._selector.unregister(links)  # a socket holds its namespace, and a pod's must go
             links.close()
@@ -321,9 +328,11 @@ class CaptureSession:
             for sink in list(self.sinks):
                 self._try(sink, partial(sink.write, batch))
         if self._options.count is not None and self.packets >= self._options.count:
+            for process in self.processes:
+                process.is_wanted = False
             self._end_now()
         if self._tracker is not None:
-            for connection in self._tracker.take_finished(time.time_ns() - SETTLE_NS):
+            for connection in self._tracker.take_finished(time.time_ns() - self._options.settle_ns):
                 self._on_connection(connection)
 
     def _tied(self, records: Sequence[Record]) -> list[Seen]:

@@ -164,8 +164,8 @@ class PcapngSink:
 def statistics_blocks(processes: Sequence[PointProcess], start_ns: int, end_ns: int) -> list[bytes]:
     return [
         interface_statistics(
-            number, start_ns=start_ns, end_ns=end_ns, received=process.received, dropped=process.dropped,
-            delivered=process.packets, comment=process.gone,
+            number, start_ns=start_ns, end_ns=end_ns, received=process.received, dropped=process.lost,
+            delivered=process.received - process.lost, comment=process.gone,
         )
         for number, process in enumerate(processes)
     ]  # fmt: skip

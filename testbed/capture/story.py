@@ -152,7 +152,7 @@ class Storyteller:
         before: Passage | None = None
         for step in steps:
             if isinstance(step, Translation):
-                yield f"    {'':12} {'':10}  {step.node + ':':{width}}      {self.describe(step)}"
+                yield f"    {'':12} {'':10}  {step.node + ':':{width}}       {self.describe(step)}"
                 continue
             since = f"+{_duration(step.time_ns - before.time_ns)}" if before else ""
             at = _duration(step.time_ns - start_ns)

@@ -14,6 +14,7 @@ import click
 
 from testbed.capture.cluster import LabCluster, Names
 from testbed.capture.journeys import Connection, Tracker
+from testbed.capture.merge import SETTLE_FOR_FILES_NS, SETTLE_NS
 from testbed.capture.points import Point, resolve_points
 from testbed.capture.processes import check_filters, check_tcpdump
 from testbed.capture.session import CaptureOptions, CaptureSession
@@ -71,6 +72,7 @@ def capture(request: CaptureRequest) -> int:
                 CaptureOptions(
                     snap_bytes=request.snap_bytes,
                     buffer_kib=(buffer_bytes or _share(len(points))) >> 10,
+                    settle_ns=SETTLE_FOR_FILES_NS if request.write not in (None, "-") else SETTLE_NS,
                     duration_s=duration_s,
                     count=request.count,
                 )
@@ -160,8 +162,8 @@ class _Capture:
                     "name": process.point.name,
                     "about": process.point.about,
                     "filter": process.point.filter,
-                    "captured": process.packets,
-                    "lost": process.dropped,
+                    "captured": process.received - process.lost,
+                    "lost": process.lost,
                     "gone": process.gone,
                 }
                 for process in session.processes
@@ -172,16 +174,16 @@ class _Capture:
 
     def _summary(self, session: CaptureSession) -> None:
         seconds = (session.end_ns - session.start_ns) / 1e9 if session.end_ns else 0.0
-        lost = {
-            process.point.name: (process.dropped, process.received) for process in session.processes if process.dropped
-        }
+        lost = {process.point.name: (process.lost, process.received) for process in session.processes if process.lost}
         total = sum(dropped for dropped, _ in lost.values())
         _say(
             f"{session.packets} {_plural(session.packets, 'packet')} at {len(self._points)} "
             f"{_plural(len(self._points), 'point')} in {seconds:.1f} s; {total or 'none'} lost"
         )
         for name, (dropped, received) in lost.items():
-            _say(f"  {name}: {dropped} of {received} lost, the kernel's buffer was full (--buffer makes it larger)")
+            _say(
+                f"  {name}: {dropped} of {received} lost: more came than was read (--buffer SIZE holds more of a burst)"
+            )
         if session.late:
             _say(f"  {session.late} packets came too late to be in order")
         if session.lost_events:
