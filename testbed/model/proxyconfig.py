@@ -123,6 +123,8 @@ class KubeProxyConfig:
         return self.nftables if self.mode == "nftables" else self.iptables
 
 
+#: The kernel's names are at most 15 characters long (linux/ip_vs.h, IP_VS_SCHEDNAME_MAXLEN).
+_SCHEDULER = re.compile(r"[a-z0-9_-]{1,15}")
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|us|µs|ns|m|s)")
 
@@ -178,6 +180,10 @@ class _Reader:
     def seconds(self, name: str, default: float) -> float:
         return float(self._take(name, default, "a duration such as 30s", parse_duration_s))
 
+    def period(self, name: str, default: float) -> float:
+        """Return a duration that is the default when it is 0, as upstream fills them in."""
+        return self.seconds(name, default) or default
+
     def texts(self, name: str) -> tuple[str, ...]:
         def accept(value: object) -> tuple[str, ...] | None:
             return tuple(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else None
@@ -231,7 +237,7 @@ def parse_proxy_config(document: Mapping[str, Any]) -> tuple[KubeProxyConfig, tu
         node_port_addresses=_node_port_addresses(reader),
         healthz_bind_address=_host_and_port(reader, "healthzBindAddress", "0.0.0.0:10256", 10256),
         metrics_bind_address=_host_and_port(reader, "metricsBindAddress", "127.0.0.1:10249", 10249),
-        config_sync_period_s=reader.seconds("configSyncPeriod", 900.0),
+        config_sync_period_s=reader.period("configSyncPeriod", 900.0),
         iptables=_iptables_options(reader.section("iptables")),
         ipvs=_ipvs_options(reader.section("ipvs")),
         nftables=_nftables_options(reader.section("nftables")),
@@ -265,9 +271,7 @@ def _node_port_addresses(reader: _Reader) -> tuple[str, ...]:
 
 
 def _host_and_port(reader: _Reader, name: str, default: str, port: int) -> str:
-    text = reader.text(name, default)
-    if text == "":
-        return ""  # switched off
+    text = reader.text(name) or default
     host, colon, number = text.rpartition(":")
     if not colon:
         host, number = text, str(port)
@@ -310,7 +314,7 @@ def _iptables_options(reader: _Reader) -> IptablesOptions:
         masquerade_all=reader.flag("masqueradeAll"),
         masquerade_bit=_masquerade_bit(reader),
         localhost_node_ports=reader.flag("localhostNodePorts", True),
-        sync_period_s=reader.seconds("syncPeriod", 30.0),
+        sync_period_s=reader.period("syncPeriod", 30.0),
         min_sync_period_s=reader.seconds("minSyncPeriod", 1.0),
     )
     _check_periods(reader, options.sync_period_s, options.min_sync_period_s)
@@ -326,11 +330,15 @@ def _ipvs_options(reader: _Reader) -> IpvsOptions:
             excluded.append(network)
         elif ":" not in cidr:
             reader.complain("excludeCIDRs", cidr, "must be a valid CIDR")
+    scheduler = reader.text("scheduler") or "rr"
+    if not _SCHEDULER.fullmatch(scheduler):
+        reader.complain("scheduler", scheduler, "must be the name of an IPVS scheduler, such as rr")
+        scheduler = "rr"
     options = IpvsOptions(
-        scheduler=reader.text("scheduler") or "rr",
+        scheduler=scheduler,
         strict_arp=reader.flag("strictARP"),
         exclude_cidrs=tuple(excluded),
-        sync_period_s=reader.seconds("syncPeriod", 30.0),
+        sync_period_s=reader.period("syncPeriod", 30.0),
         min_sync_period_s=reader.seconds("minSyncPeriod", 0.0),
         tcp_timeout_s=reader.seconds("tcpTimeout", 0.0),
         tcp_fin_timeout_s=reader.seconds("tcpFinTimeout", 0.0),
@@ -345,7 +353,7 @@ def _nftables_options(reader: _Reader) -> NftablesOptions:
     options = NftablesOptions(
         masquerade_all=reader.flag("masqueradeAll"),
         masquerade_bit=_masquerade_bit(reader),
-        sync_period_s=reader.seconds("syncPeriod", 30.0),
+        sync_period_s=reader.period("syncPeriod", 30.0),
         min_sync_period_s=reader.seconds("minSyncPeriod", 1.0),
     )
     _check_periods(reader, options.sync_period_s, options.min_sync_period_s)

@@ -1,21 +1,22 @@
-"""Which proxy modes this version can run."""
+"""Which proxy modes this version can run, and which of them this kernel cannot."""
 
 from __future__ import annotations
 
 import shutil
 
 from testbed.errors import InputError, MissingFeature
+from testbed.kernel.modules import why_no_ipvs
 from testbed.model.topology import PROXY_MODES
 
-IMPLEMENTED = ("iptables", "nftables")
+IMPLEMENTED = ("iptables", "nftables", "ipvs")
 
 
 def check_mode(mode: str) -> str:
-    """Return the mode if it can be run.
+    """Return the mode if this version can run it, be it in the nested kernel.
 
     Raises:
         InputError: there is no such mode.
-        MissingFeature: this version does not program it.
+        MissingFeature: this version does not program it, or its tools are missing.
     """
     if mode not in PROXY_MODES:
         raise InputError(f"there is no proxy mode {mode!r}; the modes are {', '.join(PROXY_MODES)}")
@@ -26,9 +27,16 @@ def check_mode(mode: str) -> str:
 
 
 def why_not(mode: str) -> str:
-    """Return why a mode cannot be run, '' when it can."""
+    """Return why a mode cannot be run, '' when it can (by this kernel or the nested one: `why_not_here`)."""
     if mode not in IMPLEMENTED:
         return f"proxy mode {mode!r} is not built yet: this version programs {' and '.join(IMPLEMENTED)}"
     if mode == "nftables" and shutil.which("nft") is None:
         return "proxy mode 'nftables' needs nft, which is not installed (apt-get install nftables)"
+    if mode == "ipvs" and shutil.which("ipset") is None:
+        return "proxy mode 'ipvs' needs ipset, which is not installed (apt-get install ipset ipvsadm)"
     return ""
+
+
+def why_not_here(mode: str) -> str:
+    """Return what this kernel lacks for a mode, even after an attempt to load it, '' when it has it."""
+    return why_no_ipvs() if mode == "ipvs" else ""
