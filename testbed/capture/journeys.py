@@ -24,6 +24,7 @@ ANSWER_WITHIN_NS = 1_000_000_000
 """A connection whose first packet has no answer for so long (of packets' time) is told as it is."""
 _SAME_PACKET_NS = 3_000_000_000
 """Two first packets that look the same are one only if they are this close: a packet is not under way for longer."""
+_TIES_KEPT = 10_000
 _FORGET_NS = 10_000_000_000
 """How long the keys of a connection that has ended are kept, for packets that are still held back."""
 
@@ -93,6 +94,7 @@ class Tracker:
         self._by_datagram: dict[tuple[int, ...], Connection] = {}
         self._open: dict[int, Connection] = {}  # number -> not told yet
         self._ended: list[Connection] = []
+        self._ties: list[tuple[FlowKey, FlowKey]] = []  # of which not both sides are known yet
         self._numbers = 0
         self._finished: list[Connection] = []
 
@@ -149,12 +151,20 @@ class Tracker:
         self._by_datagram = {k: c for k, c in self._by_datagram.items() if c.last_ns > now_ns - _FORGET_NS}
 
     def tie(self, front: FlowKey, back: FlowKey) -> None:
-        """A proxy opened ``back`` for ``front``: one connection goes on as another."""
-        first, _ = self._by_key.get(front, (None, True))
-        second, _ = self._by_key.get(back, (None, True))
-        if first is not None and second is not None and first is not second:
-            first.continues = second
-            first.options.clear()
+        """A proxy opened ``back`` for ``front``: one connection goes on as another, as soon as both are known."""
+        self._ties.append((front, back))
+        self._tie_known()
+
+    def _tie_known(self) -> None:
+        waiting = []
+        for front, back in self._ties:
+            first, second = (self._by_key.get(key, (None, True))[0] for key in (front, back))
+            if first is None or second is None:
+                waiting.append((front, back))
+            elif first is not second:
+                first.continues = second
+                first.options.clear()
+        self._ties = waiting[-_TIES_KEPT:]
 
     def _merge(self, kept: Connection, other: Connection) -> Connection:
         if other.number and (not kept.number or other.number < kept.number):
@@ -292,6 +302,8 @@ class Tracker:
 
     def take_finished(self, now_ns: int) -> Sequence[Connection]:
         """Return the connections that can be told: answered, or silent for longer than ``ANSWER_WITHIN_NS``."""
+        if self._ties:
+            self._tie_known()
         for connection in list(self._open.values()):
             if connection.first_ns > now_ns - ANSWER_WITHIN_NS:
                 break

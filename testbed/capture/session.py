@@ -18,7 +18,7 @@ import signal
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -34,6 +34,7 @@ from testbed.capture.sinks import RecorderSink, Seen, Sink
 from testbed.errors import KernelError, LabError, TestbedError
 from testbed.kernel.conntrack_events import ConntrackWatch
 from testbed.kernel.netns import inside_network
+from testbed.kernel.proxy_pairs import PairWatch
 from testbed.kernel.rtnetlink import LinkWatch
 from testbed.model.flows import read_key
 
@@ -150,6 +151,8 @@ class CaptureSession:
                 stack.callback(watch.close)
                 self._watches.append((node.name, watch))
                 self._selector.register(watch, selectors.EVENT_READ, partial(self._read_conntrack, node.name, watch))
+        if self._tracker is not None:
+            self._watch_proxies(stack)
         for place in dict.fromkeys(point.place for point in self._points):
             with inside_network(self._cluster.network(place)):
                 links = LinkWatch()
@@ -164,6 +167,14 @@ class CaptureSession:
             self._selector.register(process.output, selectors.EVENT_READ, partial(self._read_packets, number))
             self._selector.register(process.complaints, selectors.EVENT_READ, partial(self._read_complaints, number))
         self._cluster.close()
+
+    def _watch_proxies(self, stack: ExitStack) -> None:
+        """Ask the proxies of userspace mode, where there are any, which connection they open for which."""
+        for node in self._cluster.world.topology.nodes:
+            with inside_network(self._cluster.network(node.name)), suppress(ConnectionRefusedError):
+                pairs = PairWatch()
+                stack.callback(pairs.close)
+                self._selector.register(pairs, selectors.EVENT_READ, partial(self._read_pairs, pairs))
 
     def _wait_until_listening(self) -> None:
         self._deadline = time.monotonic() + _START_WITHIN_S
@@ -308,6 +319,13 @@ class CaptureSession:
                 self._tracker.end_entry(node, event.entry, time.time_ns())
             else:
                 self._tracker.add_entry(node, event.entry)
+
+    def _read_pairs(self, pairs: PairWatch) -> None:
+        assert self._tracker is not None
+        for front, back in pairs.read():
+            self._tracker.tie(front, back)
+        if pairs.has_ended:
+            self._selector.unregister(pairs)
 
     def _lab_has_ended(self) -> None:
         self._selector.unregister(self._cluster.lab.first_process)

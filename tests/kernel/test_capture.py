@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import pytest
 from capture_support import CaptureFile, read_pcapng
 
+from testbed.kernel.proxy_pairs import PairTable
 from testbed.lab.folder import list_records
 from testbed.lab.handle import Lab
 
@@ -263,6 +264,52 @@ def test_what_is_lost_is_counted(lab: Lab, tmp_path: Path):
     assert lost > 0
     assert f"client:eth0: {lost} of 4000 lost" in capturing.err
     assert found.statistics[0] == {4: 4000, 5: lost, 7: lost, 8: 4000 - lost}
+
+
+def carry(ready: int, release: int) -> None:
+    """Be a proxy of userspace mode on node1 for one connection, with its table. Runs there."""
+    with socket.create_server(("192.168.93.11", 40001)) as listener, contextlib.closing(PairTable()) as table:
+        os.write(ready, b"x")
+        client, _ = listener.accept()
+        table.accept()
+        with client, socket.create_connection(("192.168.93.12", 10256), timeout=10) as backend:
+            pair = table.add(client, backend)
+            client.send(b"y")
+            os.read(release, 1)
+            table.remove(pair)
+
+
+def connect_and_wait() -> bytes:
+    with socket.create_connection(("192.168.93.11", 40001), timeout=10) as made:
+        return made.recv(1)
+
+
+def test_a_proxy_s_own_table_ties_its_two_connections(lab: Lab):
+    """The client's connection to a userspace proxy goes on as the one that the proxy opened for it."""
+    (ready, tell), (wait, release) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            lab.call("node1", carry, tell, wait, timeout_s=60)
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        capturing = Capturing(
+            lab, "client", "node1:eth0", "node2:eth0", "-o", "json", "--filter", "port 40001 or port 10256"
+        )
+        assert lab.call("client", connect_and_wait, timeout_s=30) == b"y"
+        os.write(release, b"x")
+        assert capturing.end() == 0
+    finally:
+        os.write(release, b"x")
+        os.waitpid(child, 0)
+        for fd in (ready, tell, wait, release):
+            os.close(fd)
+    connections = json.loads(capturing.out)["connections"]
+    front = next(c for c in connections if c["to"]["address"] == "192.168.93.11:40001")
+    back = next(c for c in connections if c["number"] == front["continues_as"])
+    assert back["to"]["address"] == "192.168.93.12:10256" and back["from"]["name"] == "node1"
+    assert front["endpoint"] == "node2"
 
 
 # ── bad input, and ends ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -281,6 +281,18 @@ def test_a_proxy_s_two_connections_are_told_as_going_on(capture: Capture):
     assert "  the proxy goes on with it as connection 2" in capture.storyteller.text(front).splitlines()
 
 
+def test_a_proxy_may_tell_before_its_connections_are_known(capture: Capture):
+    """Its word, conntrack's events and packets come by different ways: a tie waits until both sides are known."""
+    capture.tracker.tie(key(TCP, CLIENT, "192.168.93.11:40001"), key(TCP, MASQUERADED, POD))
+    redirected = ConntrackEntry(key(TCP, CLIENT, NODE_PORT), key(TCP, "192.168.93.11:40001", CLIENT))
+    capture.tracker.add_entry("node1", redirected)
+    front = capture.see(0, AT_NODE1, tcp(CLIENT, NODE_PORT, S, sequence=1), INBOUND)
+    back = capture.see(50, AT_NODE1, tcp(MASQUERADED, POD, S, sequence=2), OUTBOUND)
+    capture.finished()
+    assert front.continues is back
+    assert "redirected to its own 192.168.93.11:40001" in capture.storyteller.text(front)
+
+
 # ── packets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
