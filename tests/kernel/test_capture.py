@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import pytest
 from capture_support import CaptureFile, read_pcapng
 
+from testbed.kernel.pace import patient
 from testbed.kernel.proxy_pairs import PairTable
 from testbed.lab.folder import list_records
 from testbed.lab.handle import Lab
@@ -49,7 +50,7 @@ CURL = ["curl", "-sS", "-m", "5", "-o", "/dev/null", "http://192.168.93.11:30888
 
 
 def command(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TESTBED, *argv], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*TESTBED, *argv], capture_output=True, text=True, timeout=patient(120), check=False)
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ def a_lab(name: str, folder: Path, *options: str) -> Iterator[Lab]:
     assert done.returncode == 0, done.stderr
     try:
         with Lab.find(name) as lab:
-            end = time.monotonic() + 60
+            end = time.monotonic() + patient(60)
             while lab.run("client", CURL, timeout_s=20).status:
                 assert time.monotonic() < end, "the Service does not answer"
             yield lab
@@ -109,7 +110,7 @@ class Capturing:
         return self.wait()
 
     def wait(self) -> int:
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=patient(60))
         self.out, self.err = (out or b"").decode(errors="replace"), err.decode()
         return self.process.returncode
 
@@ -159,11 +160,16 @@ def ways(told: dict[str, Any], which: str) -> list[tuple[str, str]]:
     return steps
 
 
-@pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_a_nodeport_on_a_node_without_a_pod_is_one_journey(mode: str, lab: Lab, tmp_path: Path):
+@pytest.mark.parametrize("mode", ["iptables", "nftables", pytest.param("ipvs", marks=pytest.mark.ipvs)])
+def test_a_nodeport_on_a_node_without_a_pod_is_one_journey(
+    mode: str, request: pytest.FixtureRequest, tmp_path: Path
+):  # fmt: skip
     """Seven points on the way there, in order, with the translation where node1 did it, and the same way back."""
     with contextlib.ExitStack() as stack:
-        used = lab if mode == "iptables" else stack.enter_context(a_lab(mode, tmp_path, "--proxy-mode", mode))
+        if mode == "iptables":
+            used: Lab = request.getfixturevalue("lab")
+        else:
+            used = stack.enter_context(a_lab(mode, tmp_path, "--proxy-mode", mode))
         file = tmp_path / "c.pcapng"
         capturing = Capturing(used, "svc/dev/web", "-w", str(file), "-o", "json")
         assert used.run("client", CURL, timeout_s=20).status == 0
