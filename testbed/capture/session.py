@@ -34,6 +34,7 @@ from testbed.capture.sinks import RecorderSink, Seen, Sink
 from testbed.errors import KernelError, LabError, TestbedError
 from testbed.kernel.conntrack_events import ConntrackWatch
 from testbed.kernel.netns import inside_network
+from testbed.kernel.pace import patient
 from testbed.kernel.proxy_pairs import PairWatch
 from testbed.kernel.rtnetlink import LinkWatch
 from testbed.model.flows import read_key
@@ -177,7 +178,7 @@ class CaptureSession:
                 self._selector.register(pairs, selectors.EVENT_READ, partial(self._read_pairs, pairs))
 
     def _wait_until_listening(self) -> None:
-        self._deadline = time.monotonic() + _START_WITHIN_S
+        self._deadline = time.monotonic() + patient(_START_WITHIN_S)
         while not all(process.listening for process in self.processes):
             for process in self.processes:
                 if process.complaints < 0 and not process.listening:
@@ -249,7 +250,7 @@ class CaptureSession:
         if self._state is _State.RUNNING:
             self._state = _State.DRAINING
             self._stop_ns = time.time_ns()
-            self._deadline = time.monotonic() + _DRAIN_AT_MOST_S
+            self._deadline = time.monotonic() + patient(_DRAIN_AT_MOST_S)
             for process in self.processes:
                 process.ask_counts()
 
@@ -257,7 +258,7 @@ class CaptureSession:
         if self._state in (_State.RUNNING, _State.DRAINING):
             self._state = _State.ENDING
             self._stop_ns = self._stop_ns or time.time_ns()
-            self._deadline = time.monotonic() + _END_WITHIN_S
+            self._deadline = time.monotonic() + patient(_END_WITHIN_S)
             for process in self.processes:
                 process.signal(signal.SIGINT)
 
@@ -330,7 +331,7 @@ class CaptureSession:
     def _lab_has_ended(self) -> None:
         self._selector.unregister(self._cluster.lab.first_process)
         self._lab_ended = True
-        self._deadline = time.monotonic() + _END_WITHIN_S
+        self._deadline = time.monotonic() + patient(_END_WITHIN_S)
         self._state = _State.ENDING
 
     # -- what goes out ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Protocol
 
 from testbed.errors import LabError
+from testbed.kernel.pace import patient
 from testbed.model.topology import Topology
 
 KEPT = "64MiB"
@@ -62,7 +63,7 @@ class _Process:
 
     def _wait_until_listening(self) -> None:
         assert self._process.stderr
-        fd, deadline = self._process.stderr.fileno(), time.monotonic() + _LISTENS_WITHIN_S
+        fd, deadline = self._process.stderr.fileno(), time.monotonic() + patient(_LISTENS_WITHIN_S)
         while b"listening at" not in self._said:
             ready = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]
             data = os.read(fd, 65536) if ready else b""
@@ -80,7 +81,7 @@ class _Process:
         """End the capture when everything until now is in the file."""
         self._process.send_signal(signal.SIGINT)
         try:
-            self._process.communicate(timeout=_ENDS_WITHIN_S)
+            self._process.communicate(timeout=patient(_ENDS_WITHIN_S))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
