@@ -135,6 +135,10 @@ class PcapngSink:
     def write(self, batch: Sequence[Seen]) -> None:
         self._output.write(self.blocks(batch))
 
+    def write_blocks(self, blocks: Sequence[bytes]) -> None:
+        """Write blocks that `blocks` has made."""
+        self._output.write(blocks)
+
     def blocks(self, batch: Sequence[Seen]) -> list[bytes]:
         plain, options_of = self._plain, self._options
         return [
@@ -199,7 +203,7 @@ class RecorderSink:
         self.dropped = 0
 
     def finish(self, processes: Sequence[PointProcess], start_ns: int, end_ns: int) -> None:
-        self._inner._output.write([block for _, block in self._kept])
+        self._inner.write_blocks([block for _, block in self._kept])
         self._inner.finish(processes, start_ns, end_ns)
 
     def close(self) -> None:
