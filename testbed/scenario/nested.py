@@ -37,9 +37,9 @@ def nested_arguments(
         "--no-vm",
         "--results-fd",
         str(wire.ANSWER_FD),
+        *kept,
         *backend,
         *output,
-        *kept,
     ]
 
 
