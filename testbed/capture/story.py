@@ -58,6 +58,8 @@ class Storyteller:
             self.directory.of(flow.destination, flow.port, flow.protocol).text,
         ]
         end = self.endpoint(connection)
+        if parts[-1] == end.split(" on ")[0]:
+            parts.pop()
         if end and end != parts[-1]:
             parts.append(end)
         return " → ".join(parts)

@@ -43,10 +43,16 @@ class PairTable:
             self._drop(watcher)
 
     def add(self, client: socket.socket, backend: socket.socket) -> bytes:
-        """Note a pair: the socket to the client, and the one to the endpoint. Return what `remove` wants."""
+        """Note a pair: the socket to the client, and the one to the endpoint. Return what `remove` wants.
+
+        A socket whose other side has gone already has no name any more: then nothing is noted.
+        """
         protocol = TCP if client.type & socket.SOCK_STREAM == socket.SOCK_STREAM else UDP
-        front = _key(protocol, client.getpeername(), client.getsockname())
-        pair = front + _key(protocol, backend.getsockname(), backend.getpeername())
+        try:
+            front = _key(protocol, client.getpeername(), client.getsockname())
+            pair = front + _key(protocol, backend.getsockname(), backend.getpeername())
+        except OSError:  # one of them has gone already
+            return b""
         self._pairs[pair] = None
         for watcher in list(self._watchers):
             if not self._send(watcher, pair):
