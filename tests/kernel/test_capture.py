@@ -272,6 +272,20 @@ def test_what_is_lost_is_counted(lab: Lab, tmp_path: Path):
     assert found.statistics[0] == {4: 4000, 5: lost, 7: lost, 8: 4000 - lost}
 
 
+def test_userspace_mode_is_told_as_two_connections(tmp_path: Path):
+    """The client's ends at node1's proxy, which goes on with another one to the pod; its own table says so."""
+    with a_lab("userspace", tmp_path, "--proxy-mode", "userspace") as lab:
+        capturing = Capturing(lab, "svc/dev/web", "-o", "json")
+        assert lab.run("client", CURL, timeout_s=20).status == 0
+        assert capturing.end() == 0
+    connections = json.loads(capturing.out)["connections"]
+    front = next(c for c in connections if c["from"]["name"] == "client")
+    back = next(c for c in connections if c["number"] == front["continues_as"])
+    assert front["endpoint"] == "dev/web on node2" and ways(front, "way") == NODE_PORT_WAY[:3]
+    assert "redirected to its own 192.168.93.11:" in front["way"]["steps"][2]["translation"]
+    assert ways(back, "way") == NODE_PORT_WAY[3:]
+
+
 def carry(ready: int, release: int) -> None:
     """Be a proxy of userspace mode on node1 for one connection, with its table. Runs there."""
     with socket.create_server(("192.168.93.11", 40001)) as listener, contextlib.closing(PairTable()) as table:
