@@ -309,7 +309,10 @@ class Tracker:
                 break
             if connection.way or connection.answer:
                 self._tell(connection)
-        finished, self._finished = self._finished, []
+        # What a proxy goes on with comes later than its answer to the client: it is told with its number.
+        late = now_ns - ANSWER_WITHIN_NS
+        waiting = [c for c in self._finished if c.continues and not c.continues.number and c.first_ns > late]
+        finished, self._finished = [c for c in self._finished if c not in waiting], waiting
         return finished
 
     def take_all(self) -> Sequence[Connection]:

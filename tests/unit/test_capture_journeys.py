@@ -288,9 +288,20 @@ def test_a_proxy_may_tell_before_its_connections_are_known(capture: Capture):
     capture.tracker.add_entry("node1", redirected)
     front = capture.see(0, AT_NODE1, tcp(CLIENT, NODE_PORT, S, sequence=1), INBOUND)
     back = capture.see(50, AT_NODE1, tcp(MASQUERADED, POD, S, sequence=2), OUTBOUND)
-    capture.finished()
+    assert capture.finished() == []
     assert front.continues is back
     assert "redirected to its own 192.168.93.11:40001" in capture.storyteller.text(front)
+
+
+def test_what_goes_on_is_told_with_the_number_of_what_it_goes_on_as(capture: Capture):
+    """The proxy answers its client before the packets of its own connection have come: the telling waits for them."""
+    capture.tracker.add_entry("node1", ConntrackEntry(key(TCP, MASQUERADED, POD), key(TCP, POD, MASQUERADED)))
+    front = capture.see(0, AT_NODE1, tcp(CLIENT, NODE_PORT, S, sequence=1))
+    capture.tracker.tie(key(TCP, CLIENT, NODE_PORT), key(TCP, MASQUERADED, POD))
+    capture.see(10, AT_NODE1, tcp(NODE_PORT, CLIENT, SA, acknowledged=2))
+    assert capture.finished(100) == []
+    back = capture.see(150, AT_NODE1, tcp(MASQUERADED, POD, S, sequence=2))
+    assert capture.finished(200) == [front] and front.continues is back
 
 
 # ── packets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
