@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple, Protocol
 
 from testbed.dataplane.balancer import Rotation
+from testbed.kernel.proxy_pairs import PairTable
 from testbed.model.service import ServicePortName
 
 #: How large a message may be: the endpoints of one service port.
@@ -88,6 +89,22 @@ class Loop:
         self._retry: Timer | None = None
         self._parked: list[Callable[[], None]] = []
         self._told_s: dict[str, float] = {}
+        self._pairs: PairTable | None = None
+
+    # -- what is carried -----------------------------------------------------------------------------------------------
+
+    def show_pairs(self, pairs: PairTable) -> None:
+        """Let others ask which connection was opened for which."""
+        self._pairs = pairs
+        self.watch(pairs.listener.fileno(), _Asked(pairs), select.EPOLLIN)
+
+    def note_pair(self, client: socket.socket, backend: socket.socket) -> bytes:
+        """Put a pair into the table; return what `forget_pair` wants."""
+        return self._pairs.add(client, backend) if self._pairs is not None else b""
+
+    def forget_pair(self, pair: bytes) -> None:
+        if self._pairs is not None:
+            self._pairs.remove(pair)
 
     # -- descriptors ---------------------------------------------------------------------------------------------------
 
@@ -200,6 +217,16 @@ class Loop:
                 self._feed()
 
 
+class _Asked:
+    """Somebody wants to know the table of pairs."""
+
+    def __init__(self, pairs: PairTable) -> None:
+        self._pairs = pairs
+
+    def on_event(self, fd: int, events: int) -> None:
+        self._pairs.accept()
+
+
 def _open_files() -> str:
     import resource
 
@@ -264,6 +291,8 @@ def serve(channel: socket.socket, *, udp_idle_s: float, seed: int) -> None:
             channel.send(json.dumps(notice).encode(), socket.MSG_DONTWAIT)
 
     loop = Loop(notify)
+    with contextlib.suppress(OSError):  # the one before this has not ended yet: then nobody can ask
+        loop.show_pairs(PairTable())
     pipes, clients = Pipes(loop), UdpClients(loop, udp_idle_s)
 
     def make_port(name: ServicePortName, listener: socket.socket, rotation: Rotation) -> Copies:

@@ -145,12 +145,13 @@ class Way:
 class Pair:
     """A client's connection and the one to its endpoint."""
 
-    __slots__ = ("_backend", "_backend_fd", "_client", "_client_fd", "_down", "_up", "is_closed", "loop")
+    __slots__ = ("_backend", "_backend_fd", "_client", "_client_fd", "_down", "_pair", "_up", "is_closed", "loop")
 
     def __init__(self, loop: Loop, pipes: Pipes, client: socket.socket, backend: socket.socket) -> None:
         self.loop = loop
         self.is_closed = False
         self._client, self._backend = client, backend
+        self._pair = loop.note_pair(client, backend)
         self._client_fd, self._backend_fd = client.fileno(), backend.fileno()
         self._up = Way(self, pipes, self._client_fd, self._backend_fd)
         self._down = Way(self, pipes, self._backend_fd, self._client_fd)
@@ -176,6 +177,7 @@ class Pair:
     def close(self) -> None:
         if not self.is_closed:
             self.is_closed = True
+            self.loop.forget_pair(self._pair)
             self._up.end()
             self._down.end()
             self.loop.close(self._client, self._backend)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from testbed.vm.machine import available_memory_mib
 from testbed.vm.plan import VmRequest, choose_memory
 from testbed.vm.session import Ended, own_terminal, run_command
 
 
-def run_testbed(arguments: Sequence[str]) -> Ended:
+def run_testbed(arguments: Sequence[str], shared: Path | None = None) -> Ended:
     """Run `testbed` with these arguments inside; what it writes to `wire.ANSWER_FD` comes back.
 
     Signals reach it, and nothing is typed there.
+
+    Args:
+        shared: a folder that it may write to.
 
     Raises:
         KernelError: there is no nested kernel here, or it did not boot.
@@ -29,5 +33,6 @@ def run_testbed(arguments: Sequence[str]) -> Ended:
         window=window,
         stdin=False,
         answers=True,
+        shares=(str(shared.resolve()),) if shared is not None else (),
     )
     return run_command(request)

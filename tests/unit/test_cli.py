@@ -416,7 +416,7 @@ def nested(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> li
     """A kernel that lacks something for nftables mode, and a nested one that has it: the arguments it is given."""
     asked: list[list[str]] = []
 
-    def run_nested(arguments: Sequence[str]) -> tuple[Any, int]:
+    def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Any, int]:
         asked.append(list(arguments))
         scenario = load_scenario(Path("runs"))
         lab = RunningLab()

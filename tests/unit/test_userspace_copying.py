@@ -269,7 +269,9 @@ def open_sockets(proxy: Proxy) -> int:
     for fd in os.listdir(links):
         with contextlib.suppress(FileNotFoundError):
             found.append(os.readlink(f"{links}/{fd}"))
-    return sum(link.startswith("socket:") for link in found)
+    with open("/proc/net/unix") as sockets:  # whoever explains packets may ask there: it rests always
+        table = [line.split()[6] for line in sockets if "testbed/userspace-proxy" in line]
+    return sum(link.startswith("socket:") and link[8:-1] not in table for link in found)
 
 
 def test_out_of_descriptors(stack: contextlib.ExitStack, eventually: Eventually) -> None:
