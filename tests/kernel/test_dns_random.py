@@ -5,7 +5,6 @@ The test runs this file in a network namespace of its own, where 127.0.0.1:53 is
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import socket
@@ -110,10 +109,14 @@ def ask(question: str, kind: str) -> tuple[str, set[str]]:
 
 def _over_tcp(query: DNSRecord) -> bytes:
     """Ask as resolvers do: again, when dnsmasq has closed a connection because all its 20 children are busy."""
-    for _ in range(4):
-        with contextlib.suppress(struct.error, ConnectionError):
+    deadline = time.monotonic() + 10
+    while True:
+        try:
             return bytes(query.send(HOST, 53, timeout=5, tcp=True))
-    return bytes(query.send(HOST, 53, timeout=5, tcp=True))
+        except (struct.error, ConnectionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 if __name__ == "__main__":
