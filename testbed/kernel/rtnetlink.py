@@ -226,13 +226,13 @@ class RtnetlinkSocket(NetlinkSocket):
             found.append(LinkState(index, name, bool(flags & _IFF_UP), master))
         return found
 
-    def list_addresses(self) -> list[tuple[int, str]]:
+    def list_addresses(self) -> list[tuple[int, IPv4Interface]]:
         """Return the index of a link and an IPv4 address that it has, for every address, whether the link is up or not."""
-        found: list[tuple[int, str]] = []
+        found: list[tuple[int, IPv4Interface]] = []
         for body in self.dump(_RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0), "list addresses"):
-            (index,) = struct.unpack_from("=I", body, 4)
+            _, length, _, _, index = struct.unpack_from("=BBBBI", body)
             values = dict(attributes(body[8:]))
             packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS)
             if packed:
-                found.append((index, socket.inet_ntoa(packed)))
+                found.append((index, IPv4Interface((packed, length))))
         return found

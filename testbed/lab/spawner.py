@@ -639,8 +639,9 @@ def preload(proxy_mode: str) -> None:
         del ipvs_node, proxy_ipvs, pyroute2_messages
 
     from testbed.programs import builtins, dns, kube_proxy
+    from testbed.programs.openelb import speaker_main
 
-    del yaml, builtins, dns, kube_proxy
+    del yaml, builtins, dns, kube_proxy, speaker_main
 
 
 def _run_cli(network: LabNetwork) -> None:

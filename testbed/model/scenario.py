@@ -225,6 +225,17 @@ class ResolveStep(StepBase):
     within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArpStep(StepBase):
+    """Ask by ARP on the LAN for an address, and say which machines answer: exactly these, () for nobody, None for anybody."""
+
+    where: str  # a node or an outside host
+    address: IPv4Address
+    answered_by: tuple[str, ...] | None = None  # names of nodes and outside hosts
+    patience_s: float = DEFAULT_PATIENCE_S  # how long answers are waited for
+    within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
+
+
 class FaultAction(Enum):
     """What to break, or mend."""
 
@@ -246,7 +257,18 @@ class FaultStep(StepBase):
     node: str = ""
 
 
-Step = ApplyStep | DeleteStep | ScaleStep | ExecStep | KubectlStep | WaitStep | ExpectStep | ResolveStep | FaultStep
+Step = (
+    ApplyStep
+    | DeleteStep
+    | ScaleStep
+    | ExecStep
+    | KubectlStep
+    | WaitStep
+    | ExpectStep
+    | ResolveStep
+    | ArpStep
+    | FaultStep
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from testbed.errors import InputError
 from testbed.programs.nginx import ARGV as NGINX_ARGV
 from testbed.programs.nginx import nginx_files
+from testbed.programs.openelb.gobgp import GOBGP_SCRIPT
 
 # The grammar of image references: github.com/distribution/reference, regexp.go.
 _DOMAIN = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*(?::[0-9]+)?/)?"
@@ -265,6 +266,27 @@ _IMAGES: tuple[tuple[Image, tuple[str, ...]], ...] = (
             program="coredns",
             builtin="coredns",
             builtin_args=_coredns_args,
+        ),
+        (),
+    ),
+    (
+        Image(
+            name="openelb-controller",
+            entrypoint=("openelb-controller",),
+            program="openelb-controller",
+            builtin="openelb-controller",
+            builtin_args=_argv_args,
+        ),
+        (),
+    ),
+    (
+        Image(
+            name="openelb-speaker",
+            entrypoint=("openelb-speaker",),
+            program="openelb-speaker",
+            builtin="openelb-speaker",
+            builtin_args=_argv_args,
+            files=lambda pod: {"/usr/local/bin/gobgp": GOBGP_SCRIPT},
         ),
         (),
     ),

@@ -15,11 +15,13 @@ from pathlib import Path
 from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
 from testbed.kernel.pace import is_nested, patient
 from testbed.kernel.processes import Completed
+from testbed.kernel.rtnetlink import mac_of
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
 from testbed.model.objects import BY_KEY, Object, labels_of, name_of, namespace_of
 from testbed.model.scenario import (
     ApplyStep,
+    ArpStep,
     Condition,
     DeleteStep,
     ExecStep,
@@ -35,8 +37,9 @@ from testbed.model.scenario import (
     Step,
     WaitStep,
 )
-from testbed.probes import Observation, ask, dig_argv, read_dig
+from testbed.probes import Observation, ask, ask_arp, dig_argv, read_dig
 from testbed.scenario.judge import is_connection_only, judge
+from testbed.scenario.judge_arp import judge_arp
 from testbed.scenario.judge_dns import judge_resolution
 from testbed.scenario.lab import LabLike
 from testbed.scenario.objects import (
@@ -194,6 +197,8 @@ class _Runner:
                 return self._expect(step)
             case ResolveStep():
                 return self._resolve(step)
+            case ArpStep():
+                return self._arp(step)
             case FaultStep():
                 return self._fault(step)
 
@@ -324,6 +329,14 @@ class _Runner:
             passed=verdict.passed, wanted=verdict.wanted, seen=verdict.seen, where=f"`{shlex.join(argv)}` in {where}"
         )
 
+    def _arp(self, step: ArpStep) -> Attempt:
+        patience_s = step.patience_s + _PROGRAM_TIMEOUT_S
+        answers = self._lab.call(step.where, ask_arp, step.address, step.patience_s, timeout_s=patience_s)
+        names = {mac_of(machine.address): machine.name for machine in self._lab.topology.machines}
+        verdict = judge_arp(step, answers, names)
+        where = f"arp {step.address} from {step.where}"
+        return Attempt(passed=verdict.passed, wanted=verdict.wanted, seen=verdict.seen, where=where)
+
     def _fault(self, step: FaultStep) -> Attempt:
         if step.action in (FaultAction.NODE_DOWN, FaultAction.NODE_UP):
             self._lab.set_power(step.node, step.action is FaultAction.NODE_UP)
@@ -367,7 +380,7 @@ def _within_s(step: Step) -> float:
     """Return for how long a step is tried again; 0: once."""
     if isinstance(step, ExpectStep):
         return 0.0 if step.is_statistical else step.within_s
-    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep):
+    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep | ArpStep):
         return step.within_s
     if isinstance(step, ScaleStep):
         return step.within_s or 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from testbed.kernel.processes import Completed
 from testbed.manifests import load_objects, load_scenario
 from testbed.model.objects import Object, name_of
 from testbed.model.scenario import Condition, ObjectRef, ScaleStep, Scenario, Selector, WaitStep
-from testbed.probes import Observation, Outcome
+from testbed.probes import ArpAnswer, Observation, Outcome
 from testbed.scenario.objects import describe, holds, ready_endpoints, selected
 from testbed.scenario.runner import RETRY_EVERY_S, ScenarioResult, Status, StepResult, run_scenario
 
@@ -703,3 +704,46 @@ def test_names_are_asked_for_where_the_step_says(bench: Bench) -> None:
     assert result.steps[-1].wanted == "NOERROR: 10.9.9.9 (within 1 s)"
     assert result.steps[-1].seen == f"NOERROR: {', '.join(sorted(addresses))}"
     assert "dig @192.168.93.53 +search" in result.steps[-1].where
+
+
+NODE1, NODE2, STRANGER = "0a:58:c0:a8:5d:0b", "0a:58:c0:a8:5d:0c", "02:00:00:00:00:01"
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected", "passed", "seen"),
+    [
+        pytest.param([NODE2], "[node2]", True, f"answered by node2 ({NODE2})", id="the one that should"),
+        pytest.param(
+            [NODE2, NODE2], "[node2]", True, f"answered by node2 ({NODE2})", id="twice by the same: kernel and speaker"
+        ),
+        pytest.param(
+            [NODE2, NODE1], "[node2]", False, f"answered by node1 ({NODE1}), node2 ({NODE2})", id="one too many"
+        ),
+        pytest.param(
+            [NODE2, NODE1], "[node1, node2]", True, f"answered by node1 ({NODE1}), node2 ({NODE2})", id="several"
+        ),
+        pytest.param([], "[node2]", False, "answered by nobody", id="nobody"),
+        pytest.param([], "[]", True, "answered by nobody", id="nobody, as expected"),
+        pytest.param([NODE1], "[]", False, f"answered by node1 ({NODE1})", id="somebody after all"),
+        pytest.param([STRANGER], "[node1]", False, f"answered by {STRANGER}", id="a stranger is shown by its MAC"),
+    ],
+)
+def test_who_answers_arp(bench: Bench, answers: list[str], expected: str, passed: bool, seen: str) -> None:
+    """The machines whose MACs answer are compared with those that are expected, as sets."""
+    bench.load("fault: {link: node2, down: true}")
+    bench.lab.arp_answers = lambda _question: [ArpAnswer(mac, 0.1) for mac in answers]
+    (result,) = bench.run(f"expect: {{from: client, arp: 192.168.93.231, answeredBy: {expected}, within: 1s}}").steps
+    assert ((result.status is Status.PASSED), result.seen, result.where) == (
+        passed,
+        seen,
+        "arp 192.168.93.231 from client",
+    )
+    assert bench.lab.arps[0] == ("client", IPv4Address("192.168.93.231")) and (result.attempts == 1) == passed
+
+
+def test_anybody_may_answer_arp(bench: Bench) -> None:
+    """Without answeredBy one answer is enough; it is asked again until the time is over."""
+    bench.load("fault: {link: node2, down: true}")
+    bench.lab.arp_answers = lambda question: [ArpAnswer(STRANGER, 0.1)] if question == 3 else []
+    (result,) = bench.run("expect: {from: client, arp: 192.168.93.231}").steps
+    assert (result.status, result.attempts) == (Status.PASSED, 3)
