@@ -42,6 +42,8 @@ class Target:
     gid: int = 0
     groups: tuple[int, ...] = ()
     capabilities: frozenset[str] | None = None  # None: all that the caller has
+    #: What the program's file would give it, as far as ``capabilities`` allow: for users other than root.
+    file_capabilities: frozenset[str] = frozenset()
 
     def close(self) -> None:
         os.close(self.pidfd)
@@ -117,7 +119,12 @@ def become(target: Target) -> None:
         os.setgid(target.gid)
     # Last, because all of this takes capabilities; a user other than root loses them by becoming one.
     if target.uid:
+        given = target.file_capabilities & (target.capabilities or frozenset())
+        if given:
+            linux.keep_capabilities()
         os.setuid(target.uid)
+        if given:
+            linux.make_ambient(linux.capability_mask(given))
     elif target.capabilities is not None:
         linux.set_capabilities(linux.capability_mask(target.capabilities))
 

@@ -75,6 +75,10 @@ class ContainerSpec:
     drop_capabilities: tuple[str, ...] = ()  # 'ALL' empties the set
     privileged: bool = False
     files: Mapping[str, str] = field(default_factory=dict)  # absolute path -> text, written into the fresh overlay
+    own_folders: tuple[str, ...] = ()  # folders of the image that belong to the container's user
+    file_capabilities: tuple[
+        str, ...
+    ] = ()  # of the image's program: what a user other than root gets, if it is allowed
     mounts: tuple[Mount, ...] = ()
     stdin: bool = False  # somebody may write to it; else it reads the end of the file
     tty: bool = False  # its standard streams are one terminal

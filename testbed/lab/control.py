@@ -23,6 +23,8 @@ from testbed.controllers import ControllerDriver, default_controllers, ensure_sy
 from testbed.controllers.openelb.names import WEBHOOK as OPENELB_WEBHOOK
 from testbed.controllers.openelb.webhook import EipWebhook
 from testbed.controllers.system import RootCertificatePublisher
+from testbed.dataplane.ingress.admission import WEBHOOK as INGRESS_WEBHOOK
+from testbed.dataplane.ingress.admission import IngressWebhook
 from testbed.kubelet.agent import Kubelet
 from testbed.lab.bootstrap import proxy_configuration, system_objects
 from testbed.lab.dns_wait import until_dns_answers
@@ -61,6 +63,7 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     tokens = Tokens(endpoint.signing_key, endpoint.admin_token, now_s=time.time)
     registry.admission.mutators += [ServiceAccountAdmission(store, random.randrange), DefaultIngressClass(store)]
     registry.admission.webhooks[OPENELB_WEBHOOK] = EipWebhook(store)
+    registry.admission.webhooks[INGRESS_WEBHOOK] = IngressWebhook(store)
     driver = ControllerDriver(
         registry,
         [

@@ -36,6 +36,10 @@ def run_builtin(name: str, args: Mapping[str, Any]) -> int:
             from testbed.programs import dns
 
             return dns.main(args["argv"], str(args["address"]))
+        case "nginx-ingress-controller":
+            from testbed.programs.ingress import main as ingress
+
+            return ingress.main(args["argv"], os.environ)
         case "openelb-controller":
             from testbed.programs.openelb import controller
 

@@ -8,8 +8,10 @@ from registry_support import make_registry
 
 from testbed.errors import LabError
 from testbed.model.objects import Object
-from testbed.programs.openelb.lease import LEASES, NAME, Leadership
+from testbed.programs.lease import LEASES, Leadership
 from testbed.registry import Registry
+
+NAME = "openelb-controller"
 
 
 class LeaseApi:
@@ -35,7 +37,8 @@ def two() -> tuple[Registry, LeaseApi, Leadership, Leadership]:
     registry = make_registry()
     first = LeaseApi(registry)
     leaders = [
-        Leadership(api, "dev", name, lambda _line: None) for api, name in ((first, "a"), (LeaseApi(registry), "b"))
+        Leadership(api, "dev", NAME, name, lambda _line: None)
+        for api, name in ((first, "a"), (LeaseApi(registry), "b"))
     ]
     return registry, first, leaders[0], leaders[1]
 
@@ -85,6 +88,6 @@ def test_a_container_that_is_started_again_goes_on() -> None:
     """Its identity is its pod's: the Lease is still its own."""
     registry, api, a, _ = two()
     a.try_once(0)
-    again = Leadership(api, "dev", "a", lambda _line: None)
+    again = Leadership(api, "dev", NAME, "a", lambda _line: None)
     again.try_once(1)
     assert again.is_leader.is_set() and registry.get(LEASES, "dev", NAME)["spec"]["leaseTransitions"] == 0

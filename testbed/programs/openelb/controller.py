@@ -36,9 +36,9 @@ from testbed.errors import ApiError, InputError, TestbedError
 from testbed.model.objects import Object, is_terminating, name_of, namespace_of
 from testbed.programs.answers import Listener
 from testbed.programs.kube_proxy import Changed, Listed, Stop, Watcher
+from testbed.programs.lease import Leadership
 from testbed.programs.openelb.faces import answer_faces
 from testbed.programs.openelb.flags import ControllerFlags, parse_controller_flags
-from testbed.programs.openelb.lease import Leadership
 from testbed.programs.proxy_events import Events
 from testbed.programs.proxy_status import ProxyMetrics
 
@@ -47,6 +47,7 @@ NAMESPACES: Final = "namespaces"
 _RESOURCES: Final = (EIPS, SERVICES, NAMESPACES, BGP_CONFS, BGP_PEERS)
 _NEEDED: Final = frozenset({EIPS, SERVICES, NAMESPACES})
 _COMPONENT: Final = "openelb-controller"
+_LEASE: Final = "openelb-controller"
 _FIRST_RETRY_S: Final = 0.5
 _LAST_RETRY_S: Final = 60.0
 _CONFLICT_RETRY_S: Final = 0.05
@@ -361,7 +362,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 def _leadership(flags: ControllerFlags, api: Any, env: Mapping[str, str], log: Callable[[str], None]) -> Leadership:
     namespace = env.get("OPENELB_NAMESPACE") or SYSTEM_NAMESPACE
     identity = env.get("HOSTNAME", "openelb-controller")
-    leadership = Leadership(api, namespace, identity, log)
+    leadership = Leadership(api, namespace, _LEASE, identity, log)
     if flags.elects_leader:
         leadership.start()
     else:

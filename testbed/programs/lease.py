@@ -1,4 +1,4 @@
-"""Leader election by a Lease, so that of several controllers one gives out addresses.
+"""Leader election by a Lease, so that of several controllers one acts.
 
 Source: client-go tools/leaderelection; controller-runtime's defaults: a lease lasts 15 s and is renewed every 2 s.
 """
@@ -15,7 +15,6 @@ from testbed.errors import ApiError, TestbedError
 from testbed.model.objects import Object
 
 LEASES: Final = "leases.coordination.k8s.io"
-NAME: Final = "openelb-controller"
 _LASTS_S: Final = 15
 _RENEW_EVERY_S: Final = 2.0
 _RENEW_WITHIN_S: Final = 10.0
@@ -34,9 +33,14 @@ class LeaseApi(Protocol):
 class Leadership:
     """Whether this process leads. Who is identity's own holder already goes on at once: a container that was started again."""
 
-    def __init__(self, api: LeaseApi, namespace: str, identity: str, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, api: LeaseApi, namespace: str, name: str, identity: str, log: Callable[[str], None],
+        *, lasts_s: int = _LASTS_S,
+    ) -> None:  # fmt: skip
         self._api = api
         self._namespace = namespace
+        self._name = name
+        self._lasts_s = lasts_s
         self._identity = identity
         self._log = log
         self.is_leader = threading.Event()
@@ -59,25 +63,25 @@ class Leadership:
         except (TestbedError, OSError) as error:
             leads = self.is_leader.is_set() and now_s - self._renewed_s < _RENEW_WITHIN_S
             if not isinstance(error, ApiError) or error.code not in (404, 409):
-                self._log(f"lease {self._namespace}/{NAME}: {error}")
+                self._log(f"lease {self._namespace}/{self._name}: {error}")
         else:
             self._renewed_s = now_s if leads else self._renewed_s
         if leads and not self.is_leader.is_set():
-            self._log(f"successfully acquired lease {self._namespace}/{NAME}")
+            self._log(f"successfully acquired lease {self._namespace}/{self._name}")
             self.is_leader.set()
         elif not leads and self.is_leader.is_set():
-            self._log(f"lost lease {self._namespace}/{NAME}")
+            self._log(f"lost lease {self._namespace}/{self._name}")
             self.is_leader.clear()
 
     def _take(self, now_s: float) -> bool:
         moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         try:
-            lease = self._api.get(LEASES, self._namespace, NAME)
+            lease = self._api.get(LEASES, self._namespace, self._name)
         except ApiError as error:
             if error.code != 404:
                 raise
             spec = self._spec(moment, moment, 0)
-            metadata = {"name": NAME, "namespace": self._namespace}
+            metadata = {"name": self._name, "namespace": self._namespace}
             self._api.create(
                 {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
             )
@@ -87,7 +91,7 @@ class Leadership:
         if holder not in ("", self._identity):
             if renewed != self._seen[0]:
                 self._seen = (renewed, now_s)
-            if now_s - self._seen[1] < float(spec.get("leaseDurationSeconds") or _LASTS_S):
+            if now_s - self._seen[1] < float(spec.get("leaseDurationSeconds") or self._lasts_s):
                 return False
         changes = int(spec.get("leaseTransitions") or 0) + (holder != self._identity)
         began = spec.get("acquireTime", moment) if holder == self._identity else moment
@@ -102,7 +106,7 @@ class Leadership:
     def _spec(self, moment: str, began: str, changes: int) -> Object:
         return {
             "holderIdentity": self._identity,
-            "leaseDurationSeconds": _LASTS_S,
+            "leaseDurationSeconds": self._lasts_s,
             "acquireTime": began,
             "renewTime": moment,
             "leaseTransitions": changes,
@@ -113,7 +117,7 @@ class Leadership:
         if not self.is_leader.is_set():
             return
         try:
-            lease = self._api.get(LEASES, self._namespace, NAME)
+            lease = self._api.get(LEASES, self._namespace, self._name)
             if (lease.get("spec") or {}).get("holderIdentity") == self._identity:
                 spec = {**lease["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
                 self._api.update(
