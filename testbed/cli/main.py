@@ -325,6 +325,22 @@ def kubectl(lab: str | None, arguments: tuple[str, ...]) -> NoReturn:
     os.execve(program, ["kubectl", *arguments], environment)  # noqa: S606  # its own process: Ctrl-C, terminal, exit status
 
 
+@cli.command()
+@_lab_option
+@click.argument("service", metavar="[svc/NAMESPACE/NAME]", required=False)
+@_output_option("text", "json")
+def doctor(lab: str | None, service: str | None, output: str) -> int:
+    """Say what is wrong with a lab's service network, where, and what to do; exit 1 when something is.
+
+    With a Service: only what concerns it.
+    """
+    from testbed.cli.doctor import run_doctor
+    from testbed.lab.handle import Lab
+
+    with Lab.find(lab) as found:
+        return run_doctor(found, service, output)
+
+
 @cli.command("cli")
 @_lab_option
 def mininet_cli(lab: str | None) -> int:

@@ -30,6 +30,7 @@ from testbed.manifests.scalars import (
 from testbed.manifests.source import Document, parse_documents, read_text
 from testbed.manifests.text import suggestion
 from testbed.manifests.topology import MetadataWire, find_topology, load_topology
+from testbed.model.doctor import CAUSES
 from testbed.model.objects import RESOURCES, Resource
 from testbed.model.scenario import (
     DEFAULT_EXPECT_WITHIN_S,
@@ -42,6 +43,7 @@ from testbed.model.scenario import (
     ArpStep,
     Condition,
     DeleteStep,
+    DoctorStep,
     ExecStep,
     ExpectStep,
     FaultAction,
@@ -176,6 +178,16 @@ class FaultWire(Wire):
     down: bool | None = None
 
 
+class DoctorWire(Wire):
+    """Have the doctor look at the lab."""
+
+    names: Annotated[list[str] | None, Meta(description="exactly the causes that are found; [] when all is well")]
+    at: Annotated[list[str], Meta(description="places among the findings, such as node node1")] = field(
+        default_factory=list
+    )
+    within: Within = None
+
+
 class StepWire(Wire):
     """One step: exactly one kind of action."""
 
@@ -189,6 +201,7 @@ class StepWire(Wire):
     wait: WaitWire | None = None
     expect: ExpectWire | None = None
     fault: FaultWire | None = None
+    doctor: DoctorWire | None = None
 
 
 class SpecWire(Wire):
@@ -208,7 +221,7 @@ class ScenarioWire(Wire):
     spec: SpecWire | None
 
 
-_ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault")
+_ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault", "doctor")
 _REQUESTS = ("get", "tcp", "udp")
 _GOES_WITH: dict[str, tuple[str, ...]] = {
     "type": ("resolve",),
@@ -395,6 +408,8 @@ class _Reader:
                 return self._expect(expect, about, modes or self.modes)
             case FaultWire() as fault:
                 return self._fault(fault, about)
+            case DoctorWire() as doctor:
+                return self._doctor(doctor, about)
         return None
 
     def _manifests(self, wire: StepWire, action: str, given: str | list[str]) -> tuple[Path, ...]:
@@ -578,6 +593,23 @@ class _Reader:
         if selector is None or (at and not self._is_machine(wire, node, action)):
             return None
         return FaultStep(action=FaultAction(action), pods=selector, node=node, **_titled(about, f"{action} {text}"))
+
+    def _doctor(self, wire: DoctorWire, about: dict[str, Any]) -> DoctorStep | None:
+        if wire.names is None:
+            return None
+        for index, name in enumerate(wire.names):
+            if name not in CAUSES:
+                known = suggestion(name, CAUSES) or f" (there is: {', '.join(CAUSES)})"
+                self.refuse(wire, "names", index, reason=f"the doctor knows no cause {name!r}{known}")
+        if wire.at and not wire.names:
+            self.refuse(wire, "at", reason="goes with names: where nothing is found there is no place")
+        said = ", ".join(wire.names) or "all is well"
+        return DoctorStep(
+            names=tuple(dict.fromkeys(wire.names)),
+            at=tuple(wire.at),
+            within_s=DEFAULT_EXPECT_WITHIN_S if wire.within is None else float(wire.within),
+            **_titled(about, f"the doctor says: {said}"),
+        )
 
     # Expectations
 

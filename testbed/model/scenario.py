@@ -236,6 +236,15 @@ class ArpStep(StepBase):
     within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorStep(StepBase):
+    """Have the doctor look at the lab: he names exactly these causes, () for a lab in which all is well."""
+
+    names: tuple[str, ...]  # keys of `testbed.model.doctor.CAUSES`
+    at: tuple[str, ...] = ()  # with names: each of these places is among the findings', like ``node node1``
+    within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
+
+
 class FaultAction(Enum):
     """What to break, or mend."""
 
@@ -268,6 +277,7 @@ Step = (
     | ResolveStep
     | ArpStep
     | FaultStep
+    | DoctorStep
 )
 
 

@@ -16,6 +16,7 @@ from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
 from testbed.kernel.pace import is_nested, patient
 from testbed.kernel.processes import Completed
 from testbed.kernel.rtnetlink import mac_of
+from testbed.lab.doctor import examine
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
 from testbed.model.objects import BY_KEY, Object, labels_of, name_of, namespace_of
@@ -24,6 +25,7 @@ from testbed.model.scenario import (
     ArpStep,
     Condition,
     DeleteStep,
+    DoctorStep,
     ExecStep,
     ExpectStep,
     FaultAction,
@@ -201,6 +203,8 @@ class _Runner:
                 return self._arp(step)
             case FaultStep():
                 return self._fault(step)
+            case DoctorStep():
+                return self._doctor(step)
 
     # -- objects ---------------------------------------------------------------------------------------------------
 
@@ -352,6 +356,18 @@ class _Runner:
             self._lab.signal_pod(namespace_of(pod), name_of(pod), _SIGNALS[step.action])
         return Attempt(passed=True, seen=", ".join(pod_name(pod) for pod in pods))
 
+    def _doctor(self, step: DoctorStep) -> Attempt:
+        found, _ = examine(self._lab)
+        causes = {finding.cause for finding in found}
+        missed = [place for place in step.at if place not in {finding.where for finding in found}]
+        wanted = ", ".join(step.names) or "nothing found"
+        return Attempt(
+            passed=causes == set(step.names) and not missed,
+            wanted=wanted + (f" at {', '.join(step.at)}" if step.at else ""),
+            seen="\n".join(f"{f.cause} at {f.where}: {f.what}" for f in found) or "nothing found",
+            where="the doctor",
+        )
+
     # -- who and where ---------------------------------------------------------------------------------------------
 
     def _pods(self, selector: Selector) -> list[Object]:
@@ -380,7 +396,7 @@ def _within_s(step: Step) -> float:
     """Return for how long a step is tried again; 0: once."""
     if isinstance(step, ExpectStep):
         return 0.0 if step.is_statistical else step.within_s
-    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep | ArpStep):
+    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep | ArpStep | DoctorStep):
         return step.within_s
     if isinstance(step, ScaleStep):
         return step.within_s or 0.0
