@@ -366,6 +366,7 @@ def mininet_cli(lab: str | None) -> int:
     "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
 )
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
+@click.option("--one-lab", is_flag=True, help="Scenarios of one topology and mode share a lab, one after the other.")
 @click.option("--no-vm", is_flag=True, help="Refuse what this kernel cannot do, instead of using the nested one.")
 @click.option("--results-fd", type=int, hidden=True)  # we are the one in the nested kernel
 def run(
@@ -375,10 +376,14 @@ def run(
     output: str,
     report_folder: Path | None,
     keep: bool,
+    one_lab: bool,
     no_vm: bool,
     results_fd: int | None,
 ) -> int:
-    """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
+    """Run scenarios, each in a lab of its own; exit 1 when an expectation failed.
+
+    A folder of scenarios is a course: they share a lab, one after the other in the order of their names.
+    """
     from testbed.cli.run import RunOptions, run_scenarios
 
     options = RunOptions(
@@ -387,6 +392,7 @@ def run(
         output=output,
         report_folder=report_folder,
         keep=keep,
+        one_lab=one_lab,
         use_vm=not no_vm,
         results_fd=results_fd,
     )

@@ -36,6 +36,7 @@ _SETTINGS = (
     "net/netfilter/nf_conntrack_tcp_be_liberal",
 )
 _ANSWER_S = 2.0
+_MOST_FLOWS = 20000  # of more, reading them would take longer than all the rest; a table that full is a finding itself
 _TCP_LISTEN, _UDP_OPEN = "0A", "07"  # include/net/tcp_states.h, in /proc/net/tcp and udp
 
 
@@ -69,7 +70,7 @@ def look_at_node(question: NodeQuestion) -> NodeSeen:
         },
         conntrack_count=int(count or 0),
         conntrack_max=int(most or 0),
-        udp_flows=tuple(list_udp_flows()),
+        udp_flows=tuple(list_udp_flows()) if int(count or 0) <= _MOST_FLOWS else (),
         local_addresses=local_addresses,
         listening=frozenset(_listening()),
         proxy_answer=_ask_proxy(question.health),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from testbed.manifests.allocations import allocation_problems
     from testbed.manifests.check import check_file, check_files
     from testbed.manifests.objects import SourceObject, load_objects
-    from testbed.manifests.scenario import load_scenario, scenario_schema
+    from testbed.manifests.scenario import find_scenarios, load_scenario, scenario_schema
     from testbed.manifests.topology import find_topology, load_topology, topology_schema
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "allocation_problems",
     "check_file",
     "check_files",
+    "find_scenarios",
     "find_topology",
     "load_objects",
     "load_scenario",
@@ -33,6 +34,7 @@ _MODULES = {
     "allocation_problems": "allocations",
     "check_file": "check",
     "check_files": "check",
+    "find_scenarios": "scenario",
     "find_topology": "topology",
     "load_objects": "objects",
     "load_scenario": "scenario",

@@ -66,6 +66,14 @@ from testbed.model.topology import Topology
 
 SCENARIO_FILE = "scenario.yaml"
 
+
+def find_scenarios(path: Path) -> list[Path]:
+    """Return the scenarios of a path in order: itself, or the folders in a folder that is none, by name."""
+    if not path.is_dir() or (path / SCENARIO_FILE).exists():
+        return [path]
+    return sorted(found.parent for found in path.glob(f"*/{SCENARIO_FILE}")) or [path]
+
+
 # ── the format ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ModeName = Literal["userspace", "iptables", "ipvs", "nftables"]
@@ -193,6 +201,7 @@ class StepWire(Wire):
 
     name: Annotated[str | None, Meta(description="shown instead of a text made from the step")] = None
     modes: Annotated[list[ModeName], Meta(min_length=1, description="proxy modes it runs in")] | None = None
+    row: Annotated[str | None, Meta(description="begins a row of the table that a run ends with")] = None
     apply: str | list[str] | None = None
     delete: str | list[str] | dict[str, str] | None = None
     scale: ScaleWire | None = None
@@ -388,9 +397,12 @@ class _Reader:
             "line": self.decoded.line(wire),
             "title": wire.name,
             "modes": modes,
+            "row": wire.row or "",
         }
         if wire.name is not None and not wire.name.isprintable():
             self.refuse(wire, "name", reason=f"{wire.name!r} is not one line of text")
+        if wire.row is not None and (not wire.row.isprintable() or not wire.row.strip()):
+            self.refuse(wire, "row", reason=f"{wire.row!r} is not one line of text")
         match getattr(wire, given[0]):
             case str() | list() as files if given[0] == "apply":
                 return self._apply(wire, files, about)

@@ -64,6 +64,7 @@ class StepBase:
     line: int
     title: str  # for people: what is done or expected
     modes: tuple[str, ...] = ()  # proxy modes it runs in; () for all
+    row: str = ""  # begins a row of the report's table, with this title; '': it belongs to the one before, if any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

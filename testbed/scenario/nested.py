@@ -21,12 +21,26 @@ Results = list[tuple[ScenarioResult, str]]
 """Each result with the name of its lab."""
 
 
-def nested_arguments(paths: Sequence[Path], mode: str, *, iptables_backend: str, to_stderr: bool) -> list[str]:
+def nested_arguments(
+    paths: Sequence[Path], mode: str, *, iptables_backend: str, to_stderr: bool, one_lab: bool = False
+) -> list[str]:
     """Return the arguments of the `testbed` inside, which narrates as this one does and prints no report."""
     backend = ["--iptables-backend", iptables_backend] if iptables_backend else []
     output = ["-o", "json"] if to_stderr else []
+    together = ["--one-lab"] if one_lab else []
     shown = [str(path) if not str(path).startswith("-") else f"./{path}" for path in paths]
-    return ["run", *shown, "--proxy-mode", mode, "--no-vm", "--results-fd", str(wire.ANSWER_FD), *backend, *output]
+    return [
+        "run",
+        *shown,
+        "--proxy-mode",
+        mode,
+        "--no-vm",
+        "--results-fd",
+        str(wire.ANSWER_FD),
+        *backend,
+        *output,
+        *together,
+    ]
 
 
 def run_nested(arguments: Sequence[str]) -> tuple[Results, int]:

@@ -51,7 +51,7 @@ def _pending(seen: ClusterSeen, service: Object) -> Finding:
         return Finding(
             cause="pool-exhausted", where=where, about=about,
             what=f"EXTERNAL-IP is pending: every address of {shown} is taken",
-            do="kubectl get eip, and svc -A; give back an address by deleting a Service that does not need one, or make another Eip",
+            do="kubectl get eip, and svc -A; delete a Service that does not need its address, or make another Eip",
         )  # fmt: skip
     why = "is no Eip" + (f" {wanted!r}" if wanted else "") if not pools else "are addresses, and OpenELB gives none"
     return Finding(
@@ -93,7 +93,7 @@ def _arp_fault(seen: ClusterSeen, arp: ArpSeen) -> Finding | None:
         )  # fmt: skip
     return Finding(
         cause="arp-duplicate", where=where, about=of,
-        what=f"{listed(arp.answered_by)} answer ARP for one load-balancer address ({listed(of)}): clients go where the fastest is",
+        what=f"{listed(arp.answered_by)} answer ARP for one load-balancer address ({listed(of)}): clients take the fastest",
         do="find who else has it: `ip -br address`, arping; an address is announced by one node only",
     )  # fmt: skip
 

@@ -42,7 +42,8 @@ def find_dns_faults(seen: ClusterSeen) -> Iterator[Finding]:
         yield Finding(
             cause="dns-down", where="svc kube-system/kube-dns",
             what=f"{what}: no pod can resolve a name, addresses work as before",
-            do="kubectl -n kube-system get deploy,pods -l k8s-app=kube-dns; scale deployment coredns --replicas=2, or see its logs",
+            do="kubectl -n kube-system get deploy,pods -l k8s-app=kube-dns; scale deployment coredns --replicas=2, or see "
+            "its logs",
         )  # fmt: skip
     elif silent:
         yield Finding(

@@ -162,8 +162,12 @@ def _mtu_faults(spec: NodeSpec, inside: NodeSeen, usual: int) -> Iterator[Findin
     )  # fmt: skip
 
 
+def _is_full(inside: NodeSeen) -> bool:
+    return bool(inside.conntrack_max) and inside.conntrack_count >= _NEARLY_FULL * inside.conntrack_max
+
+
 def _conntrack_faults(spec: NodeSpec, inside: NodeSeen) -> Iterator[Finding]:
-    if inside.conntrack_max and inside.conntrack_count >= _NEARLY_FULL * inside.conntrack_max:
+    if _is_full(inside):
         yield Finding(
             cause="conntrack-full", where=f"node {spec.name}",
             what=f"{inside.conntrack_count} of {inside.conntrack_max} connection tracking entries are used: packets of new "
@@ -177,7 +181,8 @@ def _proxy_faults(seen: ClusterSeen, node: Object, inside: NodeSeen) -> Iterator
     name = name_of(node)
     state = proxy_state(seen, name)
     damage = find_damage(seen, node, inside, state)
-    if inside.proxy_answer:
+    # With a full table our own question to its health port is dropped as well.
+    if inside.proxy_answer and not _is_full(inside):
         behind = f"; its rules are behind: {_what_differs(damage)}" if damage.text else "; its rules are still right"
         yield Finding(
             cause="kube-proxy-down", where=f"node {name}",
