@@ -163,7 +163,7 @@ def test_tables() -> None:
 def test_json() -> None:
     """One document; docs/scenario.md describes these fields."""
     document = json.loads(json_report([(result(PASSED, FAILED, NOT_RUN), "s-2")], SKIPPED))
-    about = {"title": "apply web.yaml", "file": FILE, "line": 8}
+    about = {"title": "apply web.yaml", "row": "", "file": FILE, "line": 8}
     empty = {"wanted": "", "seen": "", "where": "", "counts": {}}
     assert document == {
         "passed": False,
@@ -179,7 +179,7 @@ def test_json() -> None:
                 "steps": [
                     {"number": 1, **about, "status": "passed", "duration_s": 0.012, "attempts": 1, **empty, "seen": "pod/a created"},
                     {
-                        "number": 2, "title": "requests spread", "file": FILE, "line": 9, "status": "failed", "duration_s": 5.0,
+                        "number": 2, "title": "requests spread", "row": "", "file": FILE, "line": 9, "status": "failed", "duration_s": 5.0,
                         "attempts": 51, "wanted": "300 answers (within 5 s)", "seen": "299 answered; 1 timed out",
                         "where": "http://10.96.0.10/ from client", "counts": {"dev/web-a": 200, "dev/web-b": 99},
                     },
