@@ -50,6 +50,7 @@ from testbed.model.scenario import (
     FaultStep,
     KubectlStep,
     ObjectRef,
+    OutputClaims,
     Place,
     Request,
     ResolveStep,
@@ -60,6 +61,7 @@ from testbed.model.scenario import (
     Share,
     Spread,
     Step,
+    Table,
     WaitStep,
 )
 from testbed.model.topology import Topology
@@ -91,12 +93,27 @@ class ScaleWire(Wire):
     within: Within = None
 
 
+class TableWire(Wire):
+    """The form of a printed table: all of its columns and rows."""
+
+    columns: Annotated[list[str], Meta(min_length=1)] | None
+    rows: Annotated[list[list[str]], Meta(description="cells as patterns with * and ?; in any order")] | None
+
+
+MatchesText = Annotated[str | None, Meta(description="a regular expression for a part of what it writes")]
+NameText = Annotated[str, Meta(pattern="^[a-z][a-z0-9-]*$")] | None
+
+
 class ExecWire(Wire):
     """Run a program."""
 
     in_: WhereText | None = field(name="in")
     run: Annotated[list[str], Meta(min_length=1)] | str | None
     prints: str | None = None
+    matches: MatchesText = None
+    table: TableWire | None = None
+    differs: NameText = None
+    keep: NameText = None
     status: Annotated[int, Meta(ge=0, le=255)] = 0
     within: Within = None
 
@@ -106,6 +123,12 @@ class KubectlWire(Wire):
 
     run: Annotated[list[str], Meta(min_length=1)] | str | None
     prints: str | None = None
+    matches: MatchesText = None
+    table: TableWire | None = None
+    differs: NameText = None
+    keep: NameText = None
+    each: Annotated[str | None, Meta(description="run once for each of these pods: {{pod}}, {{ip}}, {{number}}")] = None
+    editor: Annotated[str | None, Meta(description="what kubectl edit runs on the file")] = None
     status: Annotated[int, Meta(ge=0, le=255)] = 0
     within: Within = None
 
@@ -230,6 +253,8 @@ class ScenarioWire(Wire):
     spec: SpecWire | None
 
 
+KEPT_PATTERN = r"\{\{([a-z][a-z0-9-]*)\}\}"
+_OF_EACH = frozenset({"pod", "ip", "number"})
 _ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault", "doctor")
 _REQUESTS = ("get", "tcp", "udp")
 _GOES_WITH: dict[str, tuple[str, ...]] = {
@@ -321,6 +346,7 @@ class _Reader:
         self.topology: Topology | None = None
         self.modes: tuple[str, ...] = ()
         self._files: set[Path] = set()
+        self._kept: set[str] = set()  # names of outputs
 
     def read(self, metadata: MetadataWire | None) -> Scenario | None:
         topology_file = self._load_topology()
@@ -519,11 +545,13 @@ class _Reader:
             prints=wire.prints,
             status=wire.status,
             within_s=_seconds(wire.within) or 0.0,
+            claims=self._output_claims(wire, argv),
             **_titled(about, f"{where}: {shlex.join(argv)}{_claims(wire)}"),
         )
 
     def _kubectl(self, wire: KubectlWire, about: dict[str, Any]) -> KubectlStep | None:
         argv = self._argv(wire, wire.run)
+        each = None if wire.each is None else self._selector(wire, _RESOURCE_BY_KIND["pod"], wire.each, "each")
         if argv is None:
             return None
         return KubectlStep(
@@ -531,8 +559,38 @@ class _Reader:
             prints=wire.prints,
             status=wire.status,
             within_s=_seconds(wire.within) or 0.0,
+            claims=self._output_claims(wire, argv, of_each=_OF_EACH if each else frozenset()),
+            each=each,
+            editor=wire.editor or "",
             **_titled(about, f"kubectl {shlex.join(argv)}{_claims(wire)}"),
         )
+
+    def _output_claims(
+        self, wire: ExecWire | KubectlWire, argv: Sequence[str], *, of_each: frozenset[str] = frozenset()
+    ) -> OutputClaims:
+        """Return what is claimed about the output; refuse kept outputs that no step before has kept."""
+        if wire.matches is not None:
+            try:
+                re.compile(wire.matches)
+            except re.error as error:
+                self.refuse(wire, "matches", reason=f"{wire.matches!r} is no regular expression: {error}")
+        used = {name for word in argv for name in re.findall(KEPT_PATTERN, word)} - of_each
+        for name in sorted(used - self._kept):
+            self.refuse(wire, "run", reason=f"{{{{{name}}}}} is kept by no step before{suggestion(name, self._kept)}")
+        if wire.differs is not None and wire.differs not in self._kept:
+            self.refuse(wire, "differs", reason=f"{wire.differs!r} is kept by no step before")
+        if wire.keep is not None:
+            self._kept.add(wire.keep)
+        table = None
+        if wire.table is not None and wire.table.columns is not None and wire.table.rows is not None:
+            table = Table(tuple(wire.table.columns), tuple(map(tuple, wire.table.rows)))
+            for index, row in enumerate(table.rows):
+                if len(row) != len(table.columns):
+                    reason = f"has {len(row)} cells, and there are {len(table.columns)} columns"
+                    self.refuse(wire.table, "rows", index, reason=reason)
+        return OutputClaims(
+            matches=wire.matches or "", table=table, differs=wire.differs or "", keep=wire.keep or ""
+        )  # fmt: skip
 
     def _argv(self, wire: Wire, run: list[str] | str | None) -> tuple[str, ...] | None:
         if run is None:

@@ -91,6 +91,24 @@ class ScaleStep(StepBase):
     within_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The form of a table that a program prints: its columns, and every row, in any order, as patterns of cells (* and ?)."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputClaims:
+    """What is claimed about what a program writes. ``keep`` and ``differs`` are names of outputs kept by the scenario."""
+
+    matches: str = ""  # a regular expression (^ and $ are of lines) for a part of what it writes, errors included
+    table: Table | None = None
+    differs: str = ""
+    keep: str = ""  # remember what it prints, without blanks at the ends: {{NAME}} in later steps
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecStep(StepBase):
     """Run a program somewhere. With ``within_s`` above 0 it is run again until it does what is expected."""
@@ -100,16 +118,23 @@ class ExecStep(StepBase):
     prints: str | None = None  # a part of what it writes to standard output
     status: int = 0
     within_s: float = 0.0
+    claims: OutputClaims = OutputClaims()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubectlStep(StepBase):
-    """Run kubectl with these arguments."""
+    """Run kubectl with these arguments.
+
+    With ``each``, once for each of these pods by name, with {{pod}}, {{ip}} and {{number}} (from 1) in the arguments.
+    """
 
     argv: tuple[str, ...]
     prints: str | None = None
     status: int = 0
     within_s: float = 0.0
+    claims: OutputClaims = OutputClaims()
+    each: Selector | None = None
+    editor: str = ""  # what `kubectl edit` runs
 
 
 class Condition(Enum):
