@@ -14,6 +14,7 @@ from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _XML_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, 2.2
+_MOST_OUTPUT = 16384
 _IN_NESTED = ", in the nested kernel"
 _MARKS = {Status.PASSED: ("✓", "32"), Status.FAILED: ("✗", "31"), Status.NOT_RUN: ("-", "2")}
 
@@ -158,6 +159,7 @@ def as_dict(result: ScenarioResult, lab: str) -> dict[str, Any]:
                 "seen": step.seen,
                 "where": step.where,
                 "counts": step.counts,
+                "output": step.output[:_MOST_OUTPUT],
             }
             for step in result.steps
         ],
