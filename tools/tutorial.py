@@ -28,16 +28,16 @@ HEAD = """\
 
 <!-- written by tools/tutorial.py from a run of scenarios/tutorial: change those -->
 
-Kubernetes Services from kube-proxy to Ingress, in {rows} rows, by hand. `testbed run scenarios/tutorial` does all of it and checks
-each output's form. To follow along, in the folder of a chapter:
+Kubernetes Services from kube-proxy to Ingress, in {rows} rows, by hand. `testbed run scenarios/tutorial` does all of it and
+checks each output's form. To follow along, in the folder of a chapter:
 
 ```
 testbed up tutorial -t tutorial        # without ip_vs: testbed vm -- bash -c 'testbed up tutorial -t tutorial; exec bash'
 eval "$(testbed env tutorial)"         # your own kubectl
 ```
 
-`client` is a machine outside the cluster on the same LAN, `openeuler-1` to `openeuler-3` are the nodes. Names of pods, addresses of
-Services, ports and times differ from run to run. Under each row: what to look at, and how.
+`client` is a machine outside the cluster on the same LAN, `openeuler-1` to `openeuler-3` are the nodes. Names of pods,
+addresses of Services, ports and times differ from run to run. Under each row: what to look at, and how.
 """
 
 Outputs = Mapping[tuple[str, int], str]

@@ -574,7 +574,7 @@ class _Reader:
                 re.compile(wire.matches)
             except re.error as error:
                 self.refuse(wire, "matches", reason=f"{wire.matches!r} is no regular expression: {error}")
-        used = {name for word in argv for name in re.findall(KEPT_PATTERN, word)} - of_each
+        used = {name for word in (*argv, wire.prints or "") for name in re.findall(KEPT_PATTERN, word)} - of_each
         for name in sorted(used - self._kept):
             self.refuse(wire, "run", reason=f"{{{{{name}}}}} is kept by no step before{suggestion(name, self._kept)}")
         if wire.differs is not None and wire.differs not in self._kept:

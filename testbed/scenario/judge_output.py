@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from testbed.manifests.scenario import KEPT_PATTERN
 from testbed.model.scenario import ExecStep, KubectlStep, Table
 from testbed.scenario.judge import Verdict
 
@@ -24,8 +25,9 @@ def judge_output(
     wanted, missed = [f"status {step.status}"], []
     passed = status == step.status
     if step.prints is not None:
-        wanted.append(f"{step.prints!r} printed")
-        passed = passed and step.prints in output
+        prints = fill(step.prints, kept)
+        wanted.append(f"{prints!r} printed")
+        passed = passed and prints in output
     if claims.matches:
         wanted.append(f"a match of {claims.matches!r}")
         passed = passed and re.search(claims.matches, f"{output}\n{errors}", re.MULTILINE) is not None
@@ -39,6 +41,11 @@ def judge_output(
     return Verdict(
         passed=passed and not missed, wanted=", ".join(wanted), seen="; ".join([*missed, seen])
     )  # fmt: skip
+
+
+def fill(text: str, kept: Mapping[str, str]) -> str:
+    """Return a text with {{NAME}} replaced by what was kept under that name."""
+    return re.sub(KEPT_PATTERN, lambda match: kept.get(match[1], match[0]), text)
 
 
 def parse_table(text: str) -> list[tuple[str, ...]]:

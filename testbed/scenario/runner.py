@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from testbed.kernel.rtnetlink import mac_of
 from testbed.lab.doctor import examine
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
-from testbed.manifests.scenario import KEPT_PATTERN
 from testbed.model.objects import BY_KEY, Object, labels_of, name_of, namespace_of
 from testbed.model.scenario import (
     ApplyStep,
@@ -46,7 +44,7 @@ from testbed.probes import Observation, ask, ask_arp, dig_argv, read_dig
 from testbed.scenario.judge import is_connection_only, judge
 from testbed.scenario.judge_arp import judge_arp
 from testbed.scenario.judge_dns import judge_resolution
-from testbed.scenario.judge_output import judge_output
+from testbed.scenario.judge_output import fill, judge_output
 from testbed.scenario.lab import LabLike
 from testbed.scenario.objects import (
     SERVICE_LABEL,
@@ -324,7 +322,7 @@ class _Runner:
     def _filled(self, argv: Sequence[str], values: Mapping[str, str]) -> list[str]:
         """Return words with {{NAME}} replaced by what was kept under that name."""
         known = {**self._kept, **values}
-        return [re.sub(KEPT_PATTERN, lambda match: known.get(match[1], match[0]), word) for word in argv]
+        return [fill(word, known) for word in argv]
 
     def _judged(self, step: ExecStep | KubectlStep, argv: Sequence[str], done: Completed, place: str) -> Attempt:
         output, errors = (text.decode(errors="replace") for text in (done.stdout, done.stderr))

@@ -58,6 +58,7 @@ def test_other_columns() -> None:
         pytest.param({"matches": "^b$"}, "a\nb\n", "", True, id="a line"),
         pytest.param({"matches": "^b$"}, "ab\n", "", False, id="no such line"),
         pytest.param({"matches": "immutable"}, "", "field is immutable\n", True, id="an error counts"),
+        pytest.param({"matches": "8$", "keep": "x"}, "10.96.0.8\n", "", True, id="keeping claims nothing"),
         pytest.param({"differs": "first"}, "10.96.0.8\n", "", False, id="the same as before"),
         pytest.param({"differs": "first"}, "10.96.0.9\n", "", True, id="another than before"),
     ],
