@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from testbed.manifests import find_scenarios, load_scenario
 from testbed.model.scenario import Scenario, Step
 from testbed.scenario.modes import check_mode, why_not, why_not_here
 from testbed.scenario.nested import nested_arguments, run_nested, send_results
+from testbed.scenario.recorder import LabRecorder
 from testbed.scenario.report import TextReport, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 from testbed.vm.machine import check_machine as check_vm
@@ -46,7 +48,10 @@ class _Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What `testbed run` was told, beside scenarios. ``results_fd``: we run inside, and who started us reports."""
+    """What `testbed run` was told, beside scenarios. ``results_fd``: we run inside, and who started us reports.
+
+    ``packets``: the folder where packets of steps are kept; None: they are not.
+    """
 
     modes: Sequence[str] = ()
     iptables_backend: str = ""
@@ -54,6 +59,7 @@ class RunOptions:
     report_folder: Path | None = None
     keep: bool = False
     one_lab: bool = False
+    packets: Path | None = None
     use_vm: bool = True
     results_fd: int | None = None
 
@@ -82,7 +88,7 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     found: dict[tuple[str, str], tuple[ScenarioResult, str]] = {}
     refused = None
     try:
-        _run_here([one for one in planned if not one.missing], backend, narrator, found, keep=options.keep)
+        _run_here([one for one in planned if not one.missing], backend, narrator, found, options)
         _run_nested([one for one in planned if one.missing], narrator, found, options)
     except TestbedError as error:  # what has been seen so far is reported all the same
         if not found:
@@ -147,14 +153,14 @@ def _key(scenario: Scenario, mode: str) -> tuple[str, str]:
 
 def _run_here(
     planned: Sequence[_Planned], backend: str, narrator: _Narrator,
-    found: dict[tuple[str, str], tuple[ScenarioResult, str]], *, keep: bool,
+    found: dict[tuple[str, str], tuple[ScenarioResult, str]], options: RunOptions,
 ) -> None:  # fmt: skip
     left = list(planned)
     while left:
         together = [left.pop(0)]
         while left and left[0].lab_key and left[0].lab_key == together[0].lab_key:
             together.append(left.pop(0))
-        tried = _run_together(together, backend, narrator, found, keep=keep and not left)
+        tried = _run_together(together, backend, narrator, found, options, keep=options.keep and not left)
         left = together[tried:] + left  # a scenario that failed leaves its lab in disorder: the rest get a new one
 
 
@@ -169,9 +175,9 @@ def _run_nested(
         narrator.say(f"{of_mode[0].missing}; running {names} in {mode} in the nested kernel (testbed vm)")
         arguments = nested_arguments(
             [one.path for one in of_mode], mode, iptables_backend=options.iptables_backend,
-            to_stderr=options.output != "text", one_lab=bool(course),
+            to_stderr=options.output != "text", one_lab=bool(course), packets=options.packets,
         )  # fmt: skip
-        results, status = run_nested(arguments)
+        results, status = run_nested(arguments, options.packets)
         for result, name in results:
             found[_key(result.scenario, result.mode)] = result, name
         if status not in (0, 1):
@@ -262,7 +268,7 @@ class _Narrator:
 
 def _run_together(
     planned: Sequence[_Planned], backend: str, narrator: _Narrator,
-    found: dict[tuple[str, str], tuple[ScenarioResult, str]], *, keep: bool,
+    found: dict[tuple[str, str], tuple[ScenarioResult, str]], options: RunOptions, *, keep: bool,
 ) -> int:  # fmt: skip
     """Run scenarios of one topology and mode in one lab, until one fails; return how many were tried.
 
@@ -276,7 +282,10 @@ def _run_together(
     ) as lab:
         for number, one in enumerate(planned, 1):
             narrator.say(narrator.report.heading(one.scenario.name, one.mode, name, nested=is_nested()))
-            result = run_scenario(one.scenario, one.mode, lab, on_begin=narrator.begin, on_end=narrator.end)
+            with _recorder(options.packets, one.scenario, one.mode, name, narrator) as recorder:
+                result = run_scenario(
+                    one.scenario, one.mode, lab, on_begin=narrator.begin, on_end=narrator.end, recorder=recorder
+                )  # fmt: skip
             found[_key(one.scenario, one.mode)] = result, name
             ended = "" if result.passed else lab.why_ended()
             if ended:
@@ -288,6 +297,18 @@ def _run_together(
             if not result.passed:
                 break
     return number
+
+
+@contextmanager
+def _recorder(
+    folder: Path | None, scenario: Scenario, mode: str, lab: str, narrator: _Narrator
+) -> Iterator[LabRecorder | None]:  # fmt: skip
+    """Keep packets in the report folder, if there is one."""
+    if folder is None:
+        yield None
+        return
+    with LabRecorder(lab, scenario.topology, folder, f"{scenario.name}-{mode}", warn=narrator.say) as recorder:
+        yield recorder
 
 
 def _free_name(wanted: str) -> str:

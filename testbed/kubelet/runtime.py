@@ -7,6 +7,7 @@ the sandbox and outlive containers.
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,11 @@ class SandboxSpec:
     network: IPv4Network | None  # the node's pod CIDR; its first address is the gateway, cni0
     etc_files: Mapping[str, str] = field(default_factory=dict)  # 'hosts', 'resolv.conf', 'hostname' -> text
     volumes: tuple[Volume, ...] = ()
+
+
+def pod_link_name(pod_uid: str) -> str:
+    """Return the name of the node's end of a pod's link."""
+    return f"veth{hashlib.sha256(pod_uid.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ from testbed.model.scenario import (
     AnsweredBy,
     ApplyStep,
     ArpStep,
+    CapturePoint,
     Condition,
     DeleteStep,
     DoctorStep,
@@ -225,6 +226,9 @@ class StepWire(Wire):
     name: Annotated[str | None, Meta(description="shown instead of a text made from the step")] = None
     modes: Annotated[list[ModeName], Meta(min_length=1, description="proxy modes it runs in")] | None = None
     row: Annotated[str | None, Meta(description="begins a row of the table that a run ends with")] = None
+    capture: Annotated[
+        list[str] | str | None, Meta(description="POINTs of `testbed capture`: their packets are kept with --report")
+    ] = None
     apply: str | list[str] | None = None
     delete: str | list[str] | dict[str, str] | None = None
     scale: ScaleWire | None = None
@@ -424,6 +428,7 @@ class _Reader:
             "title": wire.name,
             "modes": modes,
             "row": wire.row or "",
+            "capture": self._capture(wire),
         }
         if wire.name is not None and not wire.name.isprintable():
             self.refuse(wire, "name", reason=f"{wire.name!r} is not one line of text")
@@ -449,6 +454,34 @@ class _Reader:
             case DoctorWire() as doctor:
                 return self._doctor(doctor, about)
         return None
+
+    def _capture(self, wire: StepWire) -> tuple[CapturePoint, ...]:
+        if wire.capture is None:
+            return ()
+        given = [wire.capture] if isinstance(wire.capture, str) else wire.capture
+        points = []
+        for index, text in enumerate(given):
+            steps = ("capture",) if isinstance(wire.capture, str) else ("capture", index)
+            if point := self._capture_point(wire, text, steps):
+                points.append(point)
+        if not given:
+            self.refuse(wire, "capture", reason="names no point")
+        return tuple(points)
+
+    def _capture_point(self, wire: StepWire, text: str, steps: tuple[str | int, ...]) -> CapturePoint | None:
+        if text == "all":
+            return CapturePoint(text)
+        if text.startswith("svc/") and text.count("/") == 2:
+            selector = self._selector(wire, _RESOURCE_BY_KIND["service"], text.removeprefix("svc/"), *steps)
+            return CapturePoint(text) if selector and selector.name else None
+        where, colon, interface = text.partition(":")
+        if colon and not re.fullmatch(r"[^\s/:]{1,15}", interface):
+            self.refuse(wire, *steps, reason=f"{text!r}: {interface!r} is not the name of an interface")
+            return None
+        if "/" not in where:
+            return CapturePoint(text) if self._is_machine(wire, where, *steps) else None
+        selector = self._selector(wire, _RESOURCE_BY_KIND["pod"], where, *steps)
+        return CapturePoint(text, selector, interface) if selector else None
 
     def _manifests(self, wire: StepWire, action: str, given: str | list[str]) -> tuple[Path, ...]:
         names = [given] if isinstance(given, str) else given

@@ -45,6 +45,18 @@ Place = str | Selector
 
 
 @dataclass(frozen=True, slots=True)
+class CapturePoint:
+    """Where packets of a step are captured: ``text`` is a POINT of `testbed capture`, or ``pods`` are the places.
+
+    ``interface`` is one of each of the pods' interfaces, '' for what a pod has.
+    """
+
+    text: str
+    pods: Selector | None = None
+    interface: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectRef:
     """One object; ``resource`` is a `Resource.key`."""
 
@@ -65,6 +77,7 @@ class StepBase:
     title: str  # for people: what is done or expected
     modes: tuple[str, ...] = ()  # proxy modes it runs in; () for all
     row: str = ""  # begins a row of the report's table, with this title; '': it belongs to the one before, if any
+    capture: tuple[CapturePoint, ...] = ()  # packets there are kept in the report folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,12 +22,19 @@ Results = list[tuple[ScenarioResult, str]]
 
 
 def nested_arguments(
-    paths: Sequence[Path], mode: str, *, iptables_backend: str, to_stderr: bool, one_lab: bool = False
+    paths: Sequence[Path],
+    mode: str,
+    *,
+    iptables_backend: str,
+    to_stderr: bool,
+    packets: Path | None = None,
+    one_lab: bool = False,
 ) -> list[str]:
     """Return the arguments of the `testbed` inside, which narrates as this one does and prints no report."""
     backend = ["--iptables-backend", iptables_backend] if iptables_backend else []
     output = ["-o", "json"] if to_stderr else []
     together = ["--one-lab"] if one_lab else []
+    kept = ["--packets", str(packets.resolve())] if packets is not None else []
     shown = [str(path) if not str(path).startswith("-") else f"./{path}" for path in paths]
     return [
         "run",
@@ -37,14 +44,18 @@ def nested_arguments(
         "--no-vm",
         "--results-fd",
         str(wire.ANSWER_FD),
+        *kept,
         *backend,
         *output,
         *together,
     ]
 
 
-def run_nested(arguments: Sequence[str]) -> tuple[Results, int]:
+def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Results, int]:
     """Run `testbed` with these arguments in the nested kernel; return the results, and the status it ended with.
+
+    Args:
+        shared: a folder that it may write to.
 
     Raises:
         KernelError: there is no nested kernel here, or it did not boot.
@@ -61,6 +72,7 @@ def run_nested(arguments: Sequence[str]) -> tuple[Results, int]:
         window=window,
         stdin=False,
         answers=True,
+        shares=(str(shared.resolve()),) if shared is not None else (),
     )
     ended = run_command(request)
     if ended.status == INTERRUPTED:

@@ -55,6 +55,7 @@ from testbed.scenario.objects import (
     ready_endpoints,
     selected,
 )
+from testbed.scenario.recorder import Recorder
 
 RETRY_EVERY_S = 0.1
 _PROGRAM_TIMEOUT_S = 60.0
@@ -98,6 +99,7 @@ class StepResult:
     counts: dict[str, int] = field(default_factory=dict)
     observations: tuple[Observation, ...] = ()
     output: str = ""  # what a program wrote
+    captures: tuple[str, ...] = ()  # names of pcapng files in the report folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,15 +120,16 @@ class ScenarioResult:
 def run_scenario(
     scenario: Scenario, mode: str, lab: LabLike, *, on_begin: Callable[[int, int, Step], None] = lambda *_: None,
     on_end: Callable[[StepResult, int], None] = lambda *_: None, clock: Callable[[], float] = time.monotonic,
-    pause: Callable[[float], None] = time.sleep,
+    pause: Callable[[float], None] = time.sleep, recorder: Recorder | None = None,
 ) -> ScenarioResult:  # fmt: skip
     """Run the steps of a mode, until one fails; the rest are then not run.
 
     Args:
         on_begin: called with a step's number, how many there are, and the step.
         on_end: called with each result and how many steps there are.
+        recorder: keeps the packets of steps.
     """
-    runner = _Runner(lab, mode, clock, pause)
+    runner = _Runner(lab, mode, clock, pause, recorder)
     steps = scenario.steps_for(mode)
     began = clock()
     results: list[StepResult] = []
@@ -144,15 +147,43 @@ def run_scenario(
 
 
 class _Runner:
-    def __init__(self, lab: LabLike, mode: str, clock: Callable[[], float], pause: Callable[[float], None]) -> None:
+    def __init__(
+        self, lab: LabLike, mode: str, clock: Callable[[], float], pause: Callable[[float], None], recorder: Recorder | None
+    ) -> None:  # fmt: skip
         self._lab = lab
         self._mode = mode
         self._clock = clock
         self._pause = pause
         self._kept: dict[str, str] = {}
+        self._recorder = recorder
 
     def run(self, number: int, step: Step) -> StepResult:
-        """Try a step until it passes or its time is over."""
+        """Try a step until it passes or its time is over, and keep its packets."""
+        if self._recorder is None:
+            return self._run(number, step)
+        try:
+            self._recorder.begin(number, self._points(step))
+        except (TestbedError, OSError) as error:
+            return StepResult(
+                number=number, step=step, status=Status.FAILED, wanted=f"a capture at {_texts(step)}", seen=str(error)
+            )
+        result = self._run(number, step)
+        return replace(result, captures=self._recorder.end(number, failed=result.status is Status.FAILED))
+
+    def _points(self, step: Step) -> list[str]:
+        """Return the POINTs of a step's capture, with the pods that are there now."""
+        points: list[str] = []
+        for point in step.capture:
+            if point.pods is None:
+                points.append(point.text)
+                continue
+            pods = [pod_name(pod) for pod in self._pods(point.pods)]
+            if not pods:
+                raise InputError(f"there is no pod {point.pods} to capture at")
+            points += [f"{pod}:{point.interface}" if point.interface else pod for pod in sorted(pods)]
+        return points
+
+    def _run(self, number: int, step: Step) -> StepResult:
         began = self._clock()
         within_s = patient(_within_s(step))
         attempts = 0
@@ -428,6 +459,10 @@ class _Runner:
         if isinstance(who, Selector):
             return str(self._first_ready(who)["status"]["podIP"])
         return str(self._lab.topology.machine(who).address)
+
+
+def _texts(step: Step) -> str:
+    return ", ".join(point.text for point in step.capture)
 
 
 def _within_s(step: Step) -> float:

@@ -186,9 +186,10 @@ def test_tables() -> None:
 
 def test_json() -> None:
     """One document; docs/scenario.md describes these fields."""
-    document = json.loads(json_report([(result(PASSED, FAILED, NOT_RUN), "s-2")], SKIPPED))
+    failed = replace(FAILED, captures=("s-iptables-step-2-failed.pcapng",))
+    document = json.loads(json_report([(result(PASSED, failed, NOT_RUN), "s-2")], SKIPPED))
     about = {"title": "apply web.yaml", "row": "", "file": FILE, "line": 8}
-    empty = {"wanted": "", "seen": "", "where": "", "counts": {}, "output": ""}
+    empty = {"wanted": "", "seen": "", "where": "", "counts": {}, "output": "", "captures": []}
     assert document == {
         "passed": False,
         "results": [
@@ -206,6 +207,7 @@ def test_json() -> None:
                         "number": 2, "title": "requests spread", "row": "", "file": FILE, "line": 9, "status": "failed", "duration_s": 5.0,
                         "attempts": 51, "wanted": "300 answers (within 5 s)", "seen": "299 answered; 1 timed out",
                         "where": "http://10.96.0.10/ from client", "counts": {"dev/web-a": 200, "dev/web-b": 99}, "output": "",
+                        "captures": ["s-iptables-step-2-failed.pcapng"],
                     },
                     {"number": 3, **about, "status": "not run", "duration_s": 0.0, "attempts": 0, **empty},
                 ],

@@ -214,6 +214,23 @@ def test_expectations_about_names(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_points_of_a_capture(tmp_path: Path) -> None:
+    """Machines, interfaces, Services and `all` stay as they are written; pods are selected when the step begins."""
+    step = "{apply: web.yaml, capture: [all, node1, 'client:eth0', svc/dev/web, 'dev/app=web:eth0', dev/web]}"
+    points = load(tmp_path, step).steps[-1].capture
+    assert [point.text for point in points] == [
+        "all",
+        "node1",
+        "client:eth0",
+        "svc/dev/web",
+        "dev/app=web:eth0",
+        "dev/web",
+    ]
+    assert [(str(point.pods), point.interface) for point in points if point.pods] == [
+        ("dev/app=web", "eth0"), ("dev/web", ""),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("step", "problem"),
     [
@@ -265,6 +282,11 @@ EXPECT = 'get: "http://1.2.3.4/"'
         ("apply: /etc/passwd", "apply: '/etc/passwd' leaves the scenario's folder"),
         ('apply: "a\\nb"', "apply: 'a\\nb' is not a file name"),
         ("apply: 5", "apply: wants text or a list, got the number 5"),
+        ("{apply: web.yaml, capture: node9}", """capture: topology 'three-nodes' has no node or host 'node9' (did you mean "node3"?)"""),
+        ("{apply: web.yaml, capture: [client, 'node1:a/b']}", "capture[1]: 'node1:a/b': 'a/b' is not the name of an interface"),
+        ("{apply: web.yaml, capture: []}", "capture: names no point"),
+        ("{apply: web.yaml, capture: 5}", "capture: wants a list or text, got the number 5"),
+        ("{capture: all}", "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault; got none"),
         ("aply: web.yaml", 'unknown field "aply" (did you mean "apply"?)'),
         ("{apply: web.yaml, delete: web.yaml}",
          "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault, doctor; got apply and delete"),

@@ -217,7 +217,7 @@ class Document:
     complicated: frozenset[tuple[str, str]] = frozenset()  # Services on whose endpoints more than upstreams depends
 
     @property
-    def headers_hash_sizes(self) -> tuple[int, int]:
+    def server_names_hash(self) -> tuple[int, int]:
         """``server_names_hash_max_size`` and ``_bucket_size`` for these hosts (powers of two)."""
         names = [name for server in self.servers for name in (server.host, *server.aliases, server.www_redirect)]
         longest = max((len(name) for name in names), default=0)

@@ -134,7 +134,7 @@ class Renderer:
     def __init__(self) -> None:
         self._common: tuple[Any, ...] = ()
         self._macros: Any = None
-        # By identity: comparing would take longer than most of the rest. The objects are kept, so that no id is reused.
+        # By identity first: comparing takes longer than most of the rest. The objects are kept, so that no id is reused.
         self._servers: dict[int, tuple[Server, str]] = {}
         self._upstreams: dict[Upstream, str] = {}
 
@@ -147,10 +147,13 @@ class Renderer:
         self._macros = _template().make_module(_variables(document))
         macros = self._macros
         upstreams = {one: self._upstreams.get(one) or macros.upstream(one) for one in document.upstreams}
-        servers = {}
+        servers: dict[int, tuple[Server, str]] = {}
+        by_value: dict[Server, str] = {}
         for one in document.servers:
             known = self._servers.get(id(one))
-            servers[id(one)] = known or (one, macros.server(_ShownServer(one)))
+            if known is None and self._servers and not by_value:
+                by_value = dict(self._servers.values())
+            servers[id(one)] = known or (one, by_value.get(one) or macros.server(_ShownServer(one)))
         self._upstreams, self._servers = upstreams, servers
         texts = (text for _, text in servers.values())
         return "".join((str(macros), macros.head(), "\n", *upstreams.values(), *texts, macros.tail()))
@@ -179,9 +182,11 @@ def _variables(document: Document) -> dict[str, Any]:
         "zones": document.zones,
         "geos": document.geos,
         "caches_auth": document.caches_auth,
-        "hash_sizes": document.headers_hash_sizes,
+        "hash_sizes": document.server_names_hash,
         "generation_file": Raw(GENERATION_FILE),
         "metrics_address": Raw("{}:{}".format(*METRICS_ADDRESS)),
+        # Each is a line to read for each location, so they are there only if somebody looks at them.
+        "names_ingress": document.options.enable_metrics or settings.log_format_upstream != UPSTREAM_LOG_FORMAT,
         "log_format": _log_format(settings.log_format_upstream),
         "forwarded_for": Raw("$full_x_forwarded_for" if settings.compute_full_forwarded_for else "$remote_addr"),
         "preserves_slash": lambda said: (

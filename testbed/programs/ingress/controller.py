@@ -326,7 +326,7 @@ def _matters(resource: str, new: Object | None, old: Object | None) -> bool:
     return any(new.get(part) != old.get(part) for part in ("data", "binaryData", "type"))
 
 
-_SET = re.compile(r'set \$(namespace|ingress_name) ("(?:[^"\\]|\\.)*"|[^;]*);')
+_COMMENT = re.compile(r"# ingress ([a-z0-9.-]+)/([a-z0-9.-]+)")
 
 
 def ingress_at(text: str, line: int) -> IngressKey | None:
@@ -339,11 +339,5 @@ def ingress_at(text: str, line: int) -> IngressKey | None:
         if lines[start].lstrip().startswith(("server {", "upstream ")):
             return None
         start -= 1
-    found = {}
-    for shown in lines[start + 1 : start + 4] if start >= 0 else ():
-        match = _SET.match(shown.strip())
-        if match:
-            found[match[1]] = match[2].strip('"')
-    if len(found) != 2:
-        return None
-    return IngressKey(found["namespace"], found["ingress_name"])
+    match = _COMMENT.fullmatch(lines[start + 1].strip()) if start >= 0 else None
+    return IngressKey(match[1], match[2]) if match else None
