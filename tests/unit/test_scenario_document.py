@@ -286,7 +286,7 @@ EXPECT = 'get: "http://1.2.3.4/"'
         ("{apply: web.yaml, capture: [client, 'node1:a/b']}", "capture[1]: 'node1:a/b': 'a/b' is not the name of an interface"),
         ("{apply: web.yaml, capture: []}", "capture: names no point"),
         ("{apply: web.yaml, capture: 5}", "capture: wants a list or text, got the number 5"),
-        ("{capture: all}", "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault; got none"),
+        ("{capture: all}", "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault, doctor; got none"),
         ("aply: web.yaml", 'unknown field "aply" (did you mean "apply"?)'),
         ("{apply: web.yaml, delete: web.yaml}",
          "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault, doctor; got apply and delete"),
