@@ -74,9 +74,8 @@ def main() -> int:
             json.dumps({"doctor_s": round(doctor, 2), "ls_s": round(listing, 2), "ratio": round(doctor / listing, 1)})
         )
     else:
-        print(
-            f"testbed doctor, 3 nodes, {SERVICES + 2} Services: {doctor:.2f} s; testbed ls: {listing:.2f} s; {doctor / listing:.1f} times"
-        )
+        figures = f"testbed doctor: {doctor:.2f} s; testbed ls: {listing:.2f} s; {doctor / listing:.1f} times"
+        print(f"3 nodes, {SERVICES + 2} Services: {figures}")
     return 0
 
 
