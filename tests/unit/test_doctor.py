@@ -184,7 +184,7 @@ FAULTS: dict[str, tuple[Callable[[World], None], str, str, str]] = {
         lambda w: w.change("node1", conntrack_count=1000, proxy_answer="no answer"), "conntrack-full", "node node1", "1000"),
     "a UDP flow to a dead endpoint": (
         lambda w: w.change("node1", udp_flows=(_flow("10.244.1.5"), _flow("10.244.9.9"))),
-        "stale-conntrack", "node node1", "1 UDP flows"),
+        "stale-conntrack", "node node1", "a UDP flow goes on"),
     "kube-proxy dead, and a Service came": (_proxy_dead, "kube-proxy-down", "node node2", "ns/late"),
     "kube-proxy dead, and nothing came": (
         lambda w: w.change("node2", proxy_answer="refused"), "kube-proxy-down", "node node2", "still right"),

@@ -222,12 +222,16 @@ def _stale_flows(name: str, inside: NodeSeen, state: ProxyState) -> Iterator[Fin
     )
     yield Finding(
         cause="stale-conntrack", where=f"node {name}",
-        what=f"{len(stale)} UDP flows go on to an endpoint that is gone, for example {first.source}:{first.source_port} to "
+        what=f"{_flows(len(stale))} on to an endpoint that is gone, for example {first.source}:{first.source_port} to "
         f"{first.destination}:{first.port}, answered by {first.answered_by}:{first.answered_from}",
         do=f"conntrack -D -p udp --orig-dst {first.destination} --reply-src {first.answered_by} on {name}; kube-proxy does it "
         "when endpoints go, unless it was not there then",
         about=tuple(services),
     )  # fmt: skip
+
+
+def _flows(number: int) -> str:
+    return "a UDP flow goes" if number == 1 else f"{number} UDP flows go"
 
 
 def _taken_ports(name: str, inside: NodeSeen, state: ProxyState) -> Iterator[Finding]:
