@@ -10,7 +10,7 @@ from ipvs_support import FakeNode
 from nft_support import FakeNft
 from proxy_support import FakeIptables, endpoint, endpoint_slice, node_object, service
 
-from testbed.dataplane import nft_names
+from testbed.dataplane import nft_names, userspace
 from testbed.dataplane.doctor import (
     ArpSeen,
     ClusterSeen,
@@ -160,6 +160,10 @@ class World:
             servers.sync(state, names, servers.make_settings(seen.config, view, addresses))
             listing = kernel.list()
             return RulesSeen(iptables=tools.save(), ipvs=listing.objects, ipvs_missing=listing.missing)
+        if self.mode == "userspace":
+            settings = userspace.make_userspace_settings(seen.config, view)
+            tools.apply(userspace.render_node(state, settings, userspace.stand_in_ports(state, 40000)))
+            return RulesSeen(iptables=tools.save())
         rules = IptablesProxier(tools)
         rules.sync(state, names, rules.make_settings(seen.config, view, ()))
         return RulesSeen(iptables=tools.save())

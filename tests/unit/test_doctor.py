@@ -211,7 +211,7 @@ FAULTS: dict[str, tuple[Callable[[World], None], str, str, str]] = {
         lambda w: _wants_address(w, pools=True, annotated=False), "address-pending", "svc ns/lb", "without the annotation"),
     "an Ingress without a class": (_ingress, "ingress-without-class", "ingress ns/site", "no IngressClass is the default"),
     "an Ingress of an unknown class": (
-        lambda w: _ingress(w, name="ngnix"), "ingress-class-unknown", "ingress ns/site", "ngnix"),
+        lambda w: _ingress(w, name="nginks"), "ingress-class-unknown", "ingress ns/site", "nginks"),
     "an Ingress to a Service that is not there": (
         lambda w: _ingress(w, name="nginx", backend="gone"), "ingress-backend-missing", "ingress ns/site", "gone"),
 }  # fmt: skip
@@ -258,14 +258,13 @@ def test_what_is_no_fault(name: str) -> None:
     assert world.findings() == ()
 
 
-@pytest.mark.parametrize("mode", ["iptables", "nftables", "ipvs"])
+@pytest.mark.parametrize("mode", ["iptables", "nftables", "ipvs", "userspace"])
 def test_rules_of_every_mode_are_compared(mode: str) -> None:
     """Rules as kube-proxy wrote them are right; those of before a change are not, and a dead kube-proxy is the cause."""
     world = World(mode=mode, strict_arp=True)
     assert world.findings() == ()
-    _typo(world)
-    world.objects["services"][-1]["spec"]["selector"] = {"app": "web"}
-    world.objects[SLICES].append(endpoint_slice("shop", endpoint("10.244.1.5", "node1")))
+    world.objects["services"].append(service("late", "10.96.0.99", selector={"app": "web"}))
+    world.objects[SLICES].append(endpoint_slice("late", endpoint("10.244.1.5", "node1")))
     assert {(f.cause, f.where) for f in world.findings()} == {("rules-differ", f"node {name}") for name in world.nodes}
     world.write_rules("node1", "node2")
     world.change("node3", proxy_answer="refused")
@@ -288,6 +287,15 @@ def test_strict_arp(strict: bool, restarted: bool, said: str) -> None:
     found = world.findings()
     assert [finding.cause for finding in found] == (["strict-arp-off"] if said else [])
     assert all(said in finding.what for finding in found)
+
+
+def test_userspace_mode_listens_itself() -> None:
+    """There kube-proxy has the nodePorts, flows end in it, and policy Local is not known: none of that is a fault."""
+    world = World(mode="userspace")
+    world.service("web")["spec"]["externalTrafficPolicy"] = "Local"
+    world.write_rules()
+    world.change("node1", listening=frozenset({("tcp", 30080)}), udp_flows=(_flow("192.168.93.11"),))
+    assert world.findings() == ()
 
 
 def test_every_cause_is_found_by_a_test_and_explained() -> None:

@@ -198,6 +198,8 @@ def _proxy_faults(seen: ClusterSeen, node: Object, inside: NodeSeen) -> Iterator
             do=f"somebody else changes them (a firewall, iptables -F); {_RESTART_PROXY} has all of them written again",
             about=damage.services,
         )  # fmt: skip
+    if seen.config.mode == "userspace":
+        return  # kube-proxy itself listens on nodePorts, and flows end in it
     yield from _stale_flows(name, inside, state)
     yield from _taken_ports(name, inside, state)
 

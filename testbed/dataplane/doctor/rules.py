@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 
-from testbed.dataplane import ipvs_rules
+from testbed.dataplane import ipvs_rules, userspace
 from testbed.dataplane.changes import ChangeTracker
 from testbed.dataplane.doctor.observations import ClusterSeen, NodeSeen
 from testbed.dataplane.iptables import NOTHING_INSTALLED, IptablesRenderer, make_settings, parse_installed
@@ -17,6 +18,7 @@ from testbed.model.objects import Object
 from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import ServicePortName, is_proxied, parse_node, parse_service_cidr
 
+_PROXY_PORT = re.compile(r'--comment "?([^" ]+)"? .* --to-(?:ports |destination [\d.]+:)(\d+)$')
 _LIBERAL = "net/netfilter/nf_conntrack_tcp_be_liberal"
 
 
@@ -45,6 +47,8 @@ def find_damage(seen: ClusterSeen, node: Object, inside: NodeSeen, state: ProxyS
         return _nftables_damage(seen, config, node, inside, state)
     if config.mode == "ipvs":
         return _ipvs_damage(config, node, inside, state)
+    if config.mode == "userspace":
+        return _userspace_damage(config, node, inside, state)
     addresses = inside.local_addresses if config.node_port_addresses else ()
     renderer = IptablesRenderer(make_settings(config, parse_node(node), addresses))
     renderer.update(state)
@@ -90,6 +94,25 @@ def _ipvs_damage(config: KubeProxyConfig, node: Object, inside: NodeSeen, state:
         or ipvs_rules.find_rule_damage(renderer.rules(), ipvs_rules.parse_installed_rules(inside.rules.iptables))
     )
     return RuleDamage(text)
+
+
+def _userspace_damage(config: KubeProxyConfig, node: Object, inside: NodeSeen, state: ProxyState) -> RuleDamage:
+    """Compare with the rules for the ports that the kernel has chosen, which only the node's own rules tell."""
+    settings = userspace.make_userspace_settings(config, parse_node(node))
+    installed = userspace.parse_installed(inside.rules.iptables)
+    ports: dict[str, str] = {}
+    for lines in installed.chains.values():
+        for line in lines:
+            if match := _PROXY_PORT.search(line):
+                ports[match[1]] = match[2]
+    wanted = [
+        rule
+        for name, service in sorted(state.services.items())
+        if userspace.is_supported(service)
+        for rule in userspace.render_rules(service, ports.get(str(name), "<a port>"), settings)
+    ]
+    lacking = [name for name in sorted(state.services) if str(name) not in ports]
+    return RuleDamage(userspace.find_damage(wanted, installed), _services(lacking))
 
 
 def _services(names: list[ServicePortName]) -> tuple[str, ...]:

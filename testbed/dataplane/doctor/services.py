@@ -207,7 +207,8 @@ def _local_faults(
     """With policy Local a node without an endpoint drops what comes from outside; a load balancer knows, a NodePort not."""
     spec, name = service["spec"], service_name(service)
     with_endpoints = _ready_nodes(slices)
-    if spec.get("externalTrafficPolicy") != "Local" or not with_endpoints or not is_proxied(service):
+    knows_policies = seen.config.mode != "userspace"
+    if spec.get("externalTrafficPolicy") != "Local" or not (with_endpoints and is_proxied(service) and knows_policies):
         return
     without = [node.name for node in seen.topology.nodes if node.name not in with_endpoints | lost]
     entrances = {
