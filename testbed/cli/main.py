@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from testbed import __version__
+from testbed.cli.bench import bench
 from testbed.errors import ApiError, InputError, ManifestError, MissingFeature, Problem, TestbedError
 
 if TYPE_CHECKING:
@@ -543,9 +544,18 @@ def proxy_explain(
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(["topology", "scenario"]))
+@click.argument("kind", type=click.Choice(["topology", "scenario", "benchmark", "benchmark-results"]))
 def schema(kind: str) -> None:
     """Print the JSON Schema of a file format, for editors."""
-    from testbed.manifests import scenario_schema, topology_schema
+    if kind == "benchmark-results":
+        from testbed.bench.results import results_schema as make
+    elif kind == "benchmark":
+        from testbed.manifests.benchmark import benchmark_schema as make
+    elif kind == "topology":
+        from testbed.manifests.topology import topology_schema as make
+    else:
+        from testbed.manifests.scenario import scenario_schema as make
+    click.echo(json.dumps(make(), indent=2))
 
-    click.echo(json.dumps(topology_schema() if kind == "topology" else scenario_schema(), indent=2))
+
+cli.add_command(bench)

@@ -12,14 +12,14 @@ import click
 
 from testbed.errors import InputError, LabError, ManifestError, MissingFeature, Problem, TestbedError
 from testbed.kernel.pace import is_nested
-from testbed.lab.folder import list_records
+from testbed.lab.folder import free_name
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import find_scenarios, load_scenario
 from testbed.model.scenario import Scenario, Step
 from testbed.scenario.modes import check_mode, why_not, why_not_here
 from testbed.scenario.nested import nested_arguments, run_nested, send_results
 from testbed.scenario.recorder import LabRecorder
-from testbed.scenario.report import TextReport, json_report, junit_report, write_reports
+from testbed.scenario.report import TextReport, check_writable, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 from testbed.vm.machine import check_machine as check_vm
 
@@ -74,7 +74,7 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     check_machine()
     backend = choose_iptables_backend(options.iptables_backend)
     if options.report_folder is not None:
-        _check_writable(options.report_folder)
+        check_writable(options.report_folder)
     given = [(path, scenario, course) for (path, course), scenario in zip(courses, scenarios, strict=True)]
     planned, skipped = _plan(given, options)
     if not planned:
@@ -236,16 +236,6 @@ def _load_all(paths: Sequence[Path]) -> list[Scenario]:
     return scenarios
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".testbed"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write reports into {str(folder)!r}: {error.strerror}") from error
-
-
 class _Narrator:
     """Says how far a run is, on standard output, or beside a document on standard error."""
 
@@ -276,7 +266,7 @@ def _run_together(
         LabError: the lab ended before a scenario did.
     """
     first = planned[0]
-    name = _free_name(Path(first.course).resolve().name if len(planned) > 1 else first.scenario.name)
+    name = free_name(Path(first.course).resolve().name if len(planned) > 1 else first.scenario.name)
     with start_lab(
         first.scenario.topology, name=name, proxy_mode=first.mode, iptables_backend=backend, attached=True
     ) as lab:
@@ -309,15 +299,3 @@ def _recorder(
         return
     with LabRecorder(lab, scenario.topology, folder, f"{scenario.name}-{mode}", warn=narrator.say) as recorder:
         yield recorder
-
-
-def _free_name(wanted: str) -> str:
-    """Return a lab name that is not taken: the scenario's, or that with a number."""
-    taken = {record.name for record in list_records()}
-    base = wanted[:28].rstrip("-.").replace(".", "-")
-    number = 1
-    name = base
-    while name in taken:
-        number += 1
-        name = f"{base}-{number}"
-    return name

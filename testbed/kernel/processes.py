@@ -255,13 +255,21 @@ def session_child(
 
 
 def wait_until_ended(pid: int, *, timeout_s: float | None) -> int:
-    """Wait for a child and return its status as a shell shows it; kill it and return 124 when time is out."""
+    """Wait for a child and return its status as a shell shows it; kill it and return 124 when time is out.
+
+    Interrupted, kill it as well: a child that nobody waits for would keep its PID namespace, and with it a lab, from ending.
+    """
     pidfd = os.pidfd_open(pid)
     try:
         late = not select.select([pidfd], [], [], timeout_s)[0]
         if late:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
+    except BaseException:
+        with _ignore_oserror():
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        raise
     finally:
         os.close(pidfd)
     return 124 if late else exit_code(status)
@@ -316,12 +324,7 @@ def call_in(target: Target, function: Callable[..., T], *args: Any, timeout_s: f
         sys.stdout.flush()
         pid = fork_in(target, child)
         started = time.monotonic()
-        try:
-            status = wait_until_ended(pid, timeout_s=timeout_s)
-        except BaseException:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise
+        status = wait_until_ended(pid, timeout_s=timeout_s)
         if status == 124 and time.monotonic() - started >= timeout_s:
             raise KernelError(f"{target.name}: {function.__name__} did not end within {timeout_s:g} s")
         packed = _contents(answer)

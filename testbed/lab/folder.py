@@ -216,6 +216,18 @@ def _why_unreadable(path: Path, error: OSError | ValueError) -> str:
     return f"{path}: {reason}; if nobody needs it, remove it"
 
 
+def free_name(wanted: str) -> str:
+    """Return a lab name that is not taken: the scenario's, or that with a number."""
+    taken = {record.name for record in list_records()}
+    base = wanted[:28].rstrip("-.").replace(".", "-")
+    number = 1
+    name = base
+    while name in taken:
+        number += 1
+        name = f"{base}-{number}"
+    return name
+
+
 def find_record(name: str | None) -> LabRecord:
     """Return the named lab, or the only one there is.
 

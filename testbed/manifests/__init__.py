@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from testbed.manifests.allocations import allocation_problems
+    from testbed.manifests.benchmark import benchmark_schema, load_benchmark
     from testbed.manifests.check import check_file, check_files
     from testbed.manifests.objects import SourceObject, load_objects
     from testbed.manifests.scenario import find_scenarios, load_scenario, scenario_schema
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 __all__ = [
     "SourceObject",
     "allocation_problems",
+    "benchmark_schema",
     "check_file",
     "check_files",
     "find_scenarios",
     "find_topology",
+    "load_benchmark",
     "load_objects",
     "load_scenario",
     "load_topology",
@@ -32,10 +35,12 @@ __all__ = [
 _MODULES = {
     "SourceObject": "objects",
     "allocation_problems": "allocations",
+    "benchmark_schema": "benchmark",
     "check_file": "check",
     "check_files": "check",
     "find_scenarios": "scenario",
     "find_topology": "topology",
+    "load_benchmark": "benchmark",
     "load_objects": "objects",
     "load_scenario": "scenario",
     "load_topology": "topology",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from testbed.errors import Problem
 from testbed.manifests.allocations import allocation_problems
+from testbed.manifests.benchmark import BENCHMARK_FILE, read_benchmark
 from testbed.manifests.decode import API_VERSION, Decoded
 from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.objects import SourceObject, read_objects, repeated_objects, unmatched_selectors
@@ -32,7 +33,7 @@ def check_files(paths: Sequence[Path]) -> list[Problem]:
     problems: list[Problem] = []
     objects: list[SourceObject] = []
     for given in (one for path in paths for one in find_scenarios(path)):
-        path = given / SCENARIO_FILE if given.is_dir() else given
+        path = _file_of(given)
         text, found = read_text(path)
         documents, syntax = parse_documents(text, str(path))
         problems += found + syntax
@@ -51,6 +52,14 @@ def check_files(paths: Sequence[Path]) -> list[Problem]:
     )
 
 
+def _file_of(given: Path) -> Path:
+    """Return the scenario of a folder, or the benchmark of one that has no scenario."""
+    if not given.is_dir():
+        return given
+    names = (SCENARIO_FILE, BENCHMARK_FILE)
+    return next((given / name for name in names if (given / name).is_file()), given / SCENARIO_FILE)
+
+
 def is_kind(document: Document, kind: str) -> bool:
     """Say whether a document is of one of our kinds, also when its apiVersion was forgotten or is of another version."""
     value = document.value
@@ -67,9 +76,11 @@ def _check_document(document: Document) -> tuple[list[SourceObject], list[Proble
     is_ours = isinstance(api_version, str) and api_version.startswith("testbed/")
     if is_kind(document, "Scenario"):
         return [], read_scenario(document)[1]
+    if is_kind(document, "Benchmark"):
+        return [], read_benchmark(document)[1]
     if is_ours:
-        hint = suggestion(str(kind), ("Topology", "Scenario"))
-        message = f"{API_VERSION} has the kinds Topology and Scenario, not {kind!r}{hint}"
+        hint = suggestion(str(kind), ("Topology", "Scenario", "Benchmark"))
+        message = f"{API_VERSION} has the kinds Topology, Scenario and Benchmark, not {kind!r}{hint}"
         return [], [Problem(document.file, document.line_of(("kind",)), message)]
     if kind == "KubeProxyConfiguration":
         decoded = Decoded(document)

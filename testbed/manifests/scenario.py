@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -27,8 +27,8 @@ from testbed.manifests.scalars import (
     parse_label_key,
     parse_label_value,
 )
-from testbed.manifests.source import Document, parse_documents, read_text
-from testbed.manifests.text import suggestion
+from testbed.manifests.source import Document, load_one
+from testbed.manifests.text import suggestion, unsafe_path
 from testbed.manifests.topology import MetadataWire, find_topology, load_topology
 from testbed.model.doctor import CAUSES
 from testbed.model.objects import RESOURCES, Resource
@@ -298,21 +298,7 @@ def load_scenario(path: Path) -> Scenario:
     Raises:
         ManifestError: every problem of the scenario, its topology and its manifests.
     """
-    file = path / SCENARIO_FILE if path.is_dir() else path
-    text, problems = read_text(file)
-    documents, syntax = parse_documents(text, str(file))
-    problems += syntax
-    if len(documents) > 1:
-        problems.append(Problem(str(file), documents[1].line, "a scenario file holds one document"))
-    if not documents and not problems:
-        problems.append(Problem(str(file), 0, "is empty"))
-    scenario = None
-    if documents:
-        scenario, found = read_scenario(documents[0])
-        problems += found
-    if scenario is None or any(not problem.warning for problem in problems):
-        raise ManifestError(problems)
-    return scenario
+    return load_one(path / SCENARIO_FILE if path.is_dir() else path, "scenario", read_scenario)
 
 
 def read_scenario(document: Document) -> tuple[Scenario | None, list[Problem]]:
@@ -375,7 +361,7 @@ class _Reader:
         text = self.spec.topology
         if text is None:
             return None
-        if reason := _unsafe_path(text):
+        if reason := unsafe_path(text, "scenario"):
             self.refuse(self.spec, "topology", reason=reason)
             return None
         try:
@@ -488,9 +474,9 @@ class _Reader:
         paths = []
         for index, name in enumerate(names):
             steps = (action,) if isinstance(given, str) else (action, index)
-            path = self.file.parent / name if not _unsafe_path(name) else None
+            path = self.file.parent / name if not unsafe_path(name, "scenario") else None
             if path is None:
-                self.refuse(wire, *steps, reason=_unsafe_path(name))
+                self.refuse(wire, *steps, reason=unsafe_path(name, "scenario"))
             elif not path.is_file():
                 here = [found.name for found in self.file.parent.glob("*.yaml") if found.name != self.file.name]
                 self.refuse(
@@ -1036,16 +1022,6 @@ def _parse_host_port(text: str, scheme: Scheme) -> tuple[Scheme, str, int, str]:
     elif len(host) > 253 or not re.fullmatch(SUBDOMAIN_PATTERN, host.lower().removesuffix(".")):
         raise ValueError(f"{text!r}: {host!r} is not an address or a host name")
     return scheme, host, int(port), ""
-
-
-def _unsafe_path(text: str) -> str:
-    """Return why a path is not one of a file beside the scenario, or ''."""
-    path = PurePosixPath(text)
-    if not text or not text.isprintable():
-        return f"{text!r} is not a file name"
-    if path.is_absolute() or ".." in path.parts:
-        return f"{text!r} leaves the scenario's folder"
-    return ""
 
 
 def _seconds(duration: Duration | None) -> float | None:

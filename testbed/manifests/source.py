@@ -13,18 +13,19 @@ from __future__ import annotations
 import gc
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from testbed.errors import Problem
+from testbed.errors import ManifestError, Problem
 
 # Lines beside a value: its line, and, for a mapping or list, the lines of what is in it.
 Lines = tuple[int, "dict[str, Lines] | list[Lines] | None"]
 FieldPath = tuple[str | int, ...]
+T = TypeVar("T")
 
 MAX_ALIAS_NODES = 100_000  # a few hundred bytes of nested aliases could otherwise fill the memory
 MAX_DEPTH = 100
@@ -112,6 +113,32 @@ def parse_documents(text: str, file: str) -> tuple[list[Document], list[Problem]
         if collects:
             gc.enable()
     return composer.documents, composer.problems
+
+
+def load_one(path: Path, noun: str, read: Callable[[Document], tuple[T | None, list[Problem]]]) -> T:
+    """Return what ``read`` makes of the only document of a file.
+
+    Args:
+        noun: what the file is, for messages.
+        read: returns a value, or None, and everything wrong with the document; warnings do not count.
+
+    Raises:
+        ManifestError: every problem of the file.
+    """
+    text, problems = read_text(path)
+    documents, syntax = parse_documents(text, str(path))
+    problems += syntax
+    if len(documents) > 1:
+        problems.append(Problem(str(path), documents[1].line, f"a {noun} file holds one document"))
+    if not documents and not problems:
+        problems.append(Problem(str(path), 0, "is empty"))
+    value = None
+    if documents:
+        value, found = read(documents[0])
+        problems += found
+    if value is None or any(not problem.warning for problem in problems):
+        raise ManifestError(problems)
+    return value
 
 
 class _TooMuch(Exception):

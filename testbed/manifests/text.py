@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import Any
 
 from testbed.manifests.source import FieldPath
@@ -54,3 +55,13 @@ def describe_value(value: Any) -> str:
         case list():
             return "a list"
     return "a mapping"
+
+
+def unsafe_path(text: str, whose: str) -> str:
+    """Return why a path is not one of a file below the folder of a ``whose`` file, or ''."""
+    path = PurePosixPath(text)
+    if not text or not text.isprintable():
+        return f"{text!r} is not a file name"
+    if path.is_absolute() or ".." in path.parts:
+        return f"{text!r} leaves the {whose}'s folder"
+    return ""

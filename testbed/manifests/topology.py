@@ -32,7 +32,7 @@ from testbed.manifests.scalars import (
     PortRange,
     Rate,
 )
-from testbed.manifests.source import Document, find_line, parse_documents, read_text
+from testbed.manifests.source import Document, find_line, load_one
 from testbed.manifests.text import suggestion
 from testbed.model.cluster import (
     DEFAULT_DOMAIN,
@@ -198,20 +198,7 @@ def load_topology(path: Path) -> Topology:
     Raises:
         ManifestError: every problem of the file.
     """
-    text, problems = read_text(path)
-    documents, syntax = parse_documents(text, str(path))
-    problems += syntax
-    if len(documents) > 1:
-        problems.append(Problem(str(path), documents[1].line, "a topology file holds one document"))
-    if not documents and not problems:
-        problems.append(Problem(str(path), 0, "is empty"))
-    topology = None
-    if documents:
-        topology, found = read_topology(documents[0])
-        problems += found
-    if topology is None or any(not problem.warning for problem in problems):
-        raise ManifestError(problems)
-    return topology
+    return load_one(path, "topology", read_topology)
 
 
 def read_topology(document: Document) -> tuple[Topology | None, list[Problem]]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import LabError
 from testbed.scenario.runner import ScenarioResult
 from testbed.vm import wire
-from testbed.vm.machine import available_memory_mib
-from testbed.vm.plan import VmRequest, choose_memory
-from testbed.vm.session import own_terminal, run_command
+from testbed.vm.again import run_testbed
 
 INTERRUPTED = 128 + signal.SIGINT
 Results = list[tuple[ScenarioResult, str]]
@@ -62,19 +59,7 @@ def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Re
         LabError: it ended without results; what is wrong has been said.
         KeyboardInterrupt: it was interrupted.
     """
-    terminal, window = own_terminal()
-    request = VmRequest(
-        argv=(sys.executable, "-m", "testbed", *arguments),
-        cwd=os.getcwd(),
-        env=dict(os.environ),
-        memory_mib=choose_memory(None, available_memory_mib()),
-        terminal=tuple(fd for fd in terminal if fd),  # nothing is typed there, and Ctrl-C reaches us as a signal
-        window=window,
-        stdin=False,
-        answers=True,
-        shares=(str(shared.resolve()),) if shared is not None else (),
-    )
-    ended = run_command(request)
+    ended = run_testbed(arguments, shared)
     if ended.status == INTERRUPTED:
         raise KeyboardInterrupt
     try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from testbed.errors import InputError
 from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -28,10 +29,14 @@ def _one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a table: columns padded to their widest cell, three spaces between them."""
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Return rows as a table: columns padded to their widest cell, those in ``right`` on the left, three spaces between."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = []
+    for row in rows:
+        sized = enumerate(zip(row, widths, strict=True))
+        cells = (cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in sized)
+        lines.append("   ".join(cells).rstrip())
     return "\n".join(lines)
 
 
@@ -218,6 +223,21 @@ def junit_report(results: Sequence[tuple[ScenarioResult, str]], skipped: Sequenc
 
 def _xml(text: str) -> str:
     return _XML_FORBIDDEN.sub("�", text)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder for reports, before anything is run for them.
+
+    Raises:
+        InputError: it cannot be made, or not be written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".testbed"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write reports into {str(folder)!r}: {error.strerror}") from error
 
 
 def write_reports(

@@ -159,7 +159,7 @@ def test_every_path_has_its_line() -> None:
         pytest.param("{name: web, namespace: dev}", "5", ["f.yaml:3: metadata: wants a mapping, got the number 5"],
                      id="metadata is a number"),
         pytest.param("apiVersion: apps/v1", "apiVersion: testbed/v1", [
-            "f.yaml:2: testbed/v1 has the kinds Topology and Scenario, not 'Deployment'"], id="not one of our kinds"),
+            "f.yaml:2: testbed/v1 has the kinds Topology, Scenario and Benchmark, not 'Deployment'"], id="not one of our kinds"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, old: str, new: str, expected: list[str]) -> None:
