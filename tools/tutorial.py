@@ -70,24 +70,26 @@ def render(outputs: Outputs) -> str:
 def _step(step: Mapping[str, Any], output: str) -> str:
     said = f"{step['name'][0].upper()}{step['name'][1:]}:\n\n" if "name" in step else ""
     if "kubectl" in step:
-        run = step["kubectl"]["run"]
-        command = "kubectl " + (run if isinstance(run, str) else shlex.join(run))
+        command = f"kubectl {_words(step['kubectl']['run'])}"
         if "editor" in step["kubectl"]:
             command = f"KUBE_EDITOR={shlex.quote(step['kubectl']['editor'])} {command}"
         if "each" in step["kubectl"]:
-            said = f"{said}For each pod of {step['kubectl']['each']}:\n\n"
+            said = f"{said}For each pod of {step['kubectl']['each']}, in the order of their names:\n\n"
         return said + _block(command, output)
     if "exec" in step:
-        run = step["exec"]["run"]
-        return said + _block(
-            f"testbed exec {step['exec']['in']} -- {run if isinstance(run, str) else shlex.join(run)}", output
-        )
+        return said + _block(f"testbed exec {step['exec']['in']} -- {_words(step['exec']['run'])}", output)
     if "apply" in step:
         files = [step["apply"]] if isinstance(step["apply"], str) else step["apply"]
         return _block("kubectl apply " + " ".join(f"-f {file}" for file in files), "")
     if "expect" in step:
         return said + _question(step["expect"])
     return ""
+
+
+def _words(run: str | list[str]) -> str:
+    """Return a command as it is typed, with the names of kept outputs in capitals: {{pod-ip}} is POD-IP."""
+    text = run if isinstance(run, str) else shlex.join(run).replace("'{{pod}}'", "{{pod}}")
+    return re.sub(r"\{\{([a-z-]+)\}\}", lambda match: match[1].upper(), text)
 
 
 def _question(expect: Mapping[str, Any]) -> str:
