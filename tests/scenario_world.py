@@ -69,6 +69,7 @@ class FakeLab:
         self.topology = topology
         self.api = FakeApi(world)
         self.kubeconfig = Path("kubeconfig")
+        self.iptables_backend = "legacy"
         self.answers: Callable[[int], Sequence[Observation]] = lambda _round: [Observation(outcome=Outcome.ANSWERED)]
         self.programs: Callable[[int], Completed] = lambda _run: Completed(0, b"", b"")
         self.asked: list[tuple[str, Request, int, bool]] = []

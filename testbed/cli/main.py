@@ -326,6 +326,22 @@ def kubectl(lab: str | None, arguments: tuple[str, ...]) -> NoReturn:
     os.execve(program, ["kubectl", *arguments], environment)  # noqa: S606  # its own process: Ctrl-C, terminal, exit status
 
 
+@cli.command()
+@_lab_option
+@click.argument("service", metavar="[svc/NAMESPACE/NAME]", required=False)
+@_output_option("text", "json")
+def doctor(lab: str | None, service: str | None, output: str) -> int:
+    """Say what is wrong with a lab's service network, where, and what to do; exit 1 when something is.
+
+    With a Service: only what concerns it.
+    """
+    from testbed.cli.doctor import run_doctor
+    from testbed.lab.handle import Lab
+
+    with Lab.find(lab) as found:
+        return run_doctor(found, service, output)
+
+
 @cli.command("cli")
 @_lab_option
 def mininet_cli(lab: str | None) -> int:
@@ -381,6 +397,7 @@ def capture(points: tuple[str, ...], filter_text: str, **options: Any) -> int:
     "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
 )
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
+@click.option("--one-lab", is_flag=True, help="Scenarios of one topology and mode share a lab, one after the other.")
 @click.option(
     "--capture/--no-capture", "record", default=True, help="With --report: keep packets of steps, and of what fails."
 )
@@ -394,12 +411,16 @@ def run(
     output: str,
     report_folder: Path | None,
     keep: bool,
+    one_lab: bool,
     record: bool,
     packets: Path | None,
     no_vm: bool,
     results_fd: int | None,
 ) -> int:
-    """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
+    """Run scenarios, each in a lab of its own; exit 1 when an expectation failed.
+
+    A folder of scenarios is a course: they share a lab, one after the other in the order of their names.
+    """
     from testbed.cli.run import RunOptions, run_scenarios
 
     options = RunOptions(
@@ -408,6 +429,7 @@ def run(
         output=output,
         report_folder=report_folder,
         keep=keep,
+        one_lab=one_lab,
         packets=packets or (report_folder if record else None),
         use_vm=not no_vm,
         results_fd=results_fd,

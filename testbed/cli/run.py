@@ -14,7 +14,7 @@ from testbed.errors import InputError, LabError, ManifestError, MissingFeature, 
 from testbed.kernel.pace import is_nested
 from testbed.lab.folder import free_name
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
-from testbed.manifests import load_scenario
+from testbed.manifests import find_scenarios, load_scenario
 from testbed.model.scenario import Scenario, Step
 from testbed.scenario.modes import check_mode, why_not, why_not_here
 from testbed.scenario.nested import nested_arguments, run_nested, send_results
@@ -23,15 +23,27 @@ from testbed.scenario.report import TextReport, check_writable, json_report, jun
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 from testbed.vm.machine import check_machine as check_vm
 
+_ONE_LAB = "course"  # of everything, with --one-lab
+
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """One scenario in one mode. ``missing``: why this kernel cannot run it, so that the nested one does."""
+    """One scenario in one mode.
+
+    ``missing``: why this kernel cannot run it, so that the nested one does. ``course``: those of one course (not '') with
+    the same topology and mode run in one lab, one after the other.
+    """
 
     path: Path
     scenario: Scenario
     mode: str
     missing: str
+    course: str = ""
+
+    @property
+    def lab_key(self) -> tuple[str, ...]:
+        """What those have in common that may share a lab; () for one of its own."""
+        return (self.course, str(self.scenario.topology_file), self.mode) if self.course else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +58,7 @@ class RunOptions:
     output: str = "text"
     report_folder: Path | None = None
     keep: bool = False
+    one_lab: bool = False
     packets: Path | None = None
     use_vm: bool = True
     results_fd: int | None = None
@@ -53,15 +66,17 @@ class RunOptions:
 
 def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     """Run scenarios and print a report; return 0 when everything was as expected, 1 when not."""
-    scenarios = _load_all(paths)
+    courses = [(path, _course(given, options)) for given in paths for path in find_scenarios(given)]
+    scenarios = _load_all([path for path, _ in courses])
     for mode in options.modes:
         check_mode(mode)
-        _check_written_for(scenarios, mode)
+        _check_written_for(paths, scenarios, mode)
     check_machine()
     backend = choose_iptables_backend(options.iptables_backend)
     if options.report_folder is not None:
         check_writable(options.report_folder)
-    planned, skipped = _plan(list(zip(paths, scenarios, strict=True)), options)
+    given = [(path, scenario, course) for (path, course), scenario in zip(courses, scenarios, strict=True)]
+    planned, skipped = _plan(given, options)
     if not planned:
         raise MissingFeature("; ".join(dict.fromkeys(reason for _, _, reason in skipped)))
     if options.keep and planned[-1].missing:
@@ -89,25 +104,29 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
 
 
 def _plan(
-    given: Sequence[tuple[Path, Scenario]], options: RunOptions
+    given: Sequence[tuple[Path, Scenario, str]], options: RunOptions
 ) -> tuple[list[_Planned], list[tuple[str, str, str]]]:  # fmt: skip
-    """Return what to run, and what is left out, as scenario, mode and reason.
+    """Return what to run, and what is left out, as scenario, mode and reason. Those that share a lab follow each other.
 
     Raises:
         MissingFeature: a mode that was asked for by name cannot be run.
     """
     planned, skipped = [], []
-    missing = {mode: _what_is_missing(mode, options.use_vm) for mode in {m for _, s in given for m in s.proxy_modes}}
-    for path, scenario in given:
+    missing = {mode: _what_is_missing(mode, options.use_vm) for mode in {m for _, s, _ in given for m in s.proxy_modes}}
+    for path, scenario, course in given:
         for mode in options.modes or scenario.proxy_modes:
+            if mode not in scenario.proxy_modes:
+                continue  # of a course, others are for it
             reason, nested = missing[mode]
             if not reason:
-                planned.append(_Planned(path, scenario, mode, nested))
+                planned.append(_Planned(path, scenario, mode, nested, course))
             elif options.modes:
                 raise MissingFeature(reason)
             else:
                 skipped.append((scenario.name, mode, reason))
-    return planned, skipped
+    first = {one.lab_key or (str(number),): number for number, one in reversed(list(enumerate(planned)))}
+    ordered = sorted(enumerate(planned), key=lambda pair: (first[pair[1].lab_key or (str(pair[0]),)], pair[0]))
+    return [one for _, one in ordered], skipped
 
 
 def _what_is_missing(mode: str, use_vm: bool) -> tuple[str, str]:
@@ -136,28 +155,27 @@ def _run_here(
     planned: Sequence[_Planned], backend: str, narrator: _Narrator,
     found: dict[tuple[str, str], tuple[ScenarioResult, str]], options: RunOptions,
 ) -> None:  # fmt: skip
-    for number, one in enumerate(planned, 1):
-        last = number == len(planned)
-        result, name, ended = _run_one(
-            one.scenario, one.mode, backend, narrator, keep=options.keep and last, packets=options.packets
-        )
-        found[_key(one.scenario, one.mode)] = result, name
-        if ended:
-            raise LabError(f"scenario {one.scenario.name} in {one.mode}: {ended}")
+    left = list(planned)
+    while left:
+        together = [left.pop(0)]
+        while left and left[0].lab_key and left[0].lab_key == together[0].lab_key:
+            together.append(left.pop(0))
+        tried = _run_together(together, backend, narrator, found, options, keep=options.keep and not left)
+        left = together[tried:] + left  # a scenario that failed leaves its lab in disorder: the rest get a new one
 
 
 def _run_nested(
     planned: Sequence[_Planned], narrator: _Narrator, found: dict[tuple[str, str], tuple[ScenarioResult, str]],
     options: RunOptions,
 ) -> None:  # fmt: skip
-    """Run the scenarios of each mode that needs it in a nested kernel: one boot a mode."""
-    for mode in dict.fromkeys(one.mode for one in planned):
-        of_mode = [one for one in planned if one.mode == mode]
+    """Run the scenarios of each mode that needs it in a nested kernel: one boot a mode and course."""
+    for mode, course in dict.fromkeys((one.mode, one.course) for one in planned):
+        of_mode = [one for one in planned if (one.mode, one.course) == (mode, course)]
         names = ", ".join(one.scenario.name for one in of_mode)
         narrator.say(f"{of_mode[0].missing}; running {names} in {mode} in the nested kernel (testbed vm)")
         arguments = nested_arguments(
             [one.path for one in of_mode], mode, iptables_backend=options.iptables_backend,
-            to_stderr=options.output != "text", packets=options.packets,
+            to_stderr=options.output != "text", one_lab=bool(course), packets=options.packets,
         )  # fmt: skip
         results, status = run_nested(arguments, options.packets)
         for result, name in results:
@@ -181,14 +199,25 @@ def _report(
         write_reports(options.report_folder, results, skipped)
 
 
-def _check_written_for(scenarios: Sequence[Scenario], mode: str) -> None:
-    """Refuse a mode that a scenario does not name: what it expects may be wrong there (how requests spread, for one)."""
-    for scenario in scenarios:
-        if mode not in scenario.proxy_modes:
-            modes = ", ".join(scenario.proxy_modes)
-            raise InputError(
-                f"{scenario.file}: is for the proxy modes {modes}; add {mode} to its proxyModes to run it there"
-            )
+def _course(given: Path, options: RunOptions) -> str:
+    """Return what the scenarios of an argument have in common if they may share a lab, else ''."""
+    if options.one_lab:
+        return _ONE_LAB
+    return str(given) if find_scenarios(given) != [given] else ""
+
+
+def _check_written_for(paths: Sequence[Path], scenarios: Sequence[Scenario], mode: str) -> None:
+    """Refuse a mode that a scenario does not name: what it expects may be wrong there (how requests spread, for one).
+
+    Of a folder of scenarios those are run that name it, if there are any.
+    """
+    left = list(scenarios)
+    for given in paths:
+        of_given = [left.pop(0) for _ in find_scenarios(given)]
+        if not any(mode in scenario.proxy_modes for scenario in of_given):
+            modes = ", ".join(dict.fromkeys(known for scenario in of_given for known in scenario.proxy_modes))
+            file = of_given[0].file if len(of_given) == 1 else given
+            raise InputError(f"{file}: is for the proxy modes {modes}; add {mode} to its proxyModes to run it there")
 
 
 def _load_all(paths: Sequence[Path]) -> list[Scenario]:
@@ -227,22 +256,37 @@ class _Narrator:
         self.say(clear + self.report.step(result, total))
 
 
-def _run_one(
-    scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool, packets: Path | None
-) -> tuple[ScenarioResult, str, str]:  # fmt: skip
-    """Return the result, the lab's name, and, when the lab ended before the scenario did, what is known of that."""
-    name = free_name(scenario.name)
-    with start_lab(scenario.topology, name=name, proxy_mode=mode, iptables_backend=backend, attached=True) as lab:
-        narrator.say(narrator.report.heading(scenario.name, mode, name, nested=is_nested()))
-        with _recorder(packets, scenario, mode, name, narrator) as recorder:
-            result = run_scenario(
-                scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end, recorder=recorder
-            )  # fmt: skip
-        ended = "" if result.passed else lab.why_ended()
-        if keep and not ended:
-            lab.detach()
-            narrator.say(f"lab {name} is kept: `testbed exec -l {name} …`, `testbed down {name}`")
-    return result, name, ended
+def _run_together(
+    planned: Sequence[_Planned], backend: str, narrator: _Narrator,
+    found: dict[tuple[str, str], tuple[ScenarioResult, str]], options: RunOptions, *, keep: bool,
+) -> int:  # fmt: skip
+    """Run scenarios of one topology and mode in one lab, until one fails; return how many were tried.
+
+    Raises:
+        LabError: the lab ended before a scenario did.
+    """
+    first = planned[0]
+    name = free_name(Path(first.course).resolve().name if len(planned) > 1 else first.scenario.name)
+    with start_lab(
+        first.scenario.topology, name=name, proxy_mode=first.mode, iptables_backend=backend, attached=True
+    ) as lab:
+        for number, one in enumerate(planned, 1):
+            narrator.say(narrator.report.heading(one.scenario.name, one.mode, name, nested=is_nested()))
+            with _recorder(options.packets, one.scenario, one.mode, name, narrator) as recorder:
+                result = run_scenario(
+                    one.scenario, one.mode, lab, on_begin=narrator.begin, on_end=narrator.end, recorder=recorder
+                )  # fmt: skip
+            found[_key(one.scenario, one.mode)] = result, name
+            ended = "" if result.passed else lab.why_ended()
+            if ended:
+                raise LabError(f"scenario {one.scenario.name} in {one.mode}: {ended}")
+            is_last = number == len(planned)
+            if keep and is_last:
+                lab.detach()
+                narrator.say(f"lab {name} is kept: `testbed exec -l {name} …`, `testbed down {name}`")
+            if not result.passed:
+                break
+    return number
 
 
 @contextmanager

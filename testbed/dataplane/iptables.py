@@ -595,6 +595,10 @@ class IptablesRenderer:
             return f"{chain} of {table} {what}" + (f", and {others} more chains" if others else "")
         return ""
 
+    def find_damaged(self, installed: Installed) -> list[ServicePortName]:
+        """Return the service ports whose own chains are not as accepted payloads put them, or that no rule leads to."""
+        return [name for name, rules in sorted(self._installed.items()) if not self._is_in_place(rules, installed)]
+
     def learn_spelling(self, installed: Installed) -> None:
         """Take chains that were just written, and are printed in another way than `saved_form` knows, as being right."""
         for table in _SHARED:

@@ -88,6 +88,11 @@ class Lab(AbstractContextManager["Lab"]):
             self._topology = self._ask("topology")
         return self._topology
 
+    @property
+    def iptables_backend(self) -> str:
+        """Which iptables the nodes use: ``legacy`` or ``nft``; '' when it is not known."""
+        return find_record(self.name).iptables_backend
+
     def detach(self) -> None:
         """Let the lab live on when this process ends."""
         if self._lifeline >= 0:

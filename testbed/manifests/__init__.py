@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from testbed.manifests.benchmark import benchmark_schema, load_benchmark
     from testbed.manifests.check import check_file, check_files
     from testbed.manifests.objects import SourceObject, load_objects
-    from testbed.manifests.scenario import load_scenario, scenario_schema
+    from testbed.manifests.scenario import find_scenarios, load_scenario, scenario_schema
     from testbed.manifests.topology import find_topology, load_topology, topology_schema
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "benchmark_schema",
     "check_file",
     "check_files",
+    "find_scenarios",
     "find_topology",
     "load_benchmark",
     "load_objects",
@@ -37,6 +38,7 @@ _MODULES = {
     "benchmark_schema": "benchmark",
     "check_file": "check",
     "check_files": "check",
+    "find_scenarios": "scenario",
     "find_topology": "topology",
     "load_benchmark": "benchmark",
     "load_objects": "objects",

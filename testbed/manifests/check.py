@@ -11,7 +11,7 @@ from testbed.manifests.benchmark import BENCHMARK_FILE, read_benchmark
 from testbed.manifests.decode import API_VERSION, Decoded
 from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.objects import SourceObject, read_objects, repeated_objects, unmatched_selectors
-from testbed.manifests.scenario import SCENARIO_FILE, read_scenario
+from testbed.manifests.scenario import SCENARIO_FILE, find_scenarios, read_scenario
 from testbed.manifests.source import Document, parse_documents, read_text
 from testbed.manifests.text import suggestion
 from testbed.manifests.topology import read_topology
@@ -19,7 +19,7 @@ from testbed.model.cluster import ClusterConfig
 
 
 def check_file(path: Path) -> list[Problem]:
-    """Return everything wrong with a file, or with the scenario in a folder, in file order."""
+    """Return everything wrong with a file, or with the scenario or scenarios in a folder, in file order."""
     return check_files([path])
 
 
@@ -32,7 +32,7 @@ def check_files(paths: Sequence[Path]) -> list[Problem]:
     config = ClusterConfig()
     problems: list[Problem] = []
     objects: list[SourceObject] = []
-    for given in paths:
+    for given in (one for path in paths for one in find_scenarios(path)):
         path = _file_of(given)
         text, found = read_text(path)
         documents, syntax = parse_documents(text, str(path))

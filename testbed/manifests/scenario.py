@@ -30,6 +30,7 @@ from testbed.manifests.scalars import (
 from testbed.manifests.source import Document, load_one
 from testbed.manifests.text import suggestion, unsafe_path
 from testbed.manifests.topology import MetadataWire, find_topology, load_topology
+from testbed.model.doctor import CAUSES
 from testbed.model.objects import RESOURCES, Resource
 from testbed.model.scenario import (
     DEFAULT_EXPECT_WITHIN_S,
@@ -43,12 +44,14 @@ from testbed.model.scenario import (
     CapturePoint,
     Condition,
     DeleteStep,
+    DoctorStep,
     ExecStep,
     ExpectStep,
     FaultAction,
     FaultStep,
     KubectlStep,
     ObjectRef,
+    OutputClaims,
     Place,
     Request,
     ResolveStep,
@@ -59,11 +62,20 @@ from testbed.model.scenario import (
     Share,
     Spread,
     Step,
+    Table,
     WaitStep,
 )
 from testbed.model.topology import Topology
 
 SCENARIO_FILE = "scenario.yaml"
+
+
+def find_scenarios(path: Path) -> list[Path]:
+    """Return the scenarios of a path in order: itself, or the folders in a folder that is none, by name."""
+    if not path.is_dir() or (path / SCENARIO_FILE).exists():
+        return [path]
+    return sorted(found.parent for found in path.glob(f"*/{SCENARIO_FILE}")) or [path]
+
 
 # ── the format ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -82,12 +94,27 @@ class ScaleWire(Wire):
     within: Within = None
 
 
+class TableWire(Wire):
+    """The form of a printed table: all of its columns and rows."""
+
+    columns: Annotated[list[str], Meta(min_length=1)] | None
+    rows: Annotated[list[list[str]], Meta(description="cells as patterns with * and ?; in any order")] | None
+
+
+MatchesText = Annotated[str | None, Meta(description="a regular expression for a part of what it writes")]
+NameText = Annotated[str, Meta(pattern="^[a-z][a-z0-9-]*$")] | None
+
+
 class ExecWire(Wire):
     """Run a program."""
 
     in_: WhereText | None = field(name="in")
     run: Annotated[list[str], Meta(min_length=1)] | str | None
     prints: str | None = None
+    matches: MatchesText = None
+    table: TableWire | None = None
+    differs: NameText = None
+    keep: NameText = None
     status: Annotated[int, Meta(ge=0, le=255)] = 0
     within: Within = None
 
@@ -97,6 +124,12 @@ class KubectlWire(Wire):
 
     run: Annotated[list[str], Meta(min_length=1)] | str | None
     prints: str | None = None
+    matches: MatchesText = None
+    table: TableWire | None = None
+    differs: NameText = None
+    keep: NameText = None
+    each: Annotated[str | None, Meta(description="run once for each of these pods: {{pod}}, {{ip}}, {{number}}")] = None
+    editor: Annotated[str | None, Meta(description="what kubectl edit runs on the file")] = None
     status: Annotated[int, Meta(ge=0, le=255)] = 0
     within: Within = None
 
@@ -177,11 +210,22 @@ class FaultWire(Wire):
     down: bool | None = None
 
 
+class DoctorWire(Wire):
+    """Have the doctor look at the lab."""
+
+    names: Annotated[list[str] | None, Meta(description="exactly the causes that are found; [] when all is well")]
+    at: Annotated[list[str], Meta(description="places among the findings, such as node node1")] = field(
+        default_factory=list
+    )
+    within: Within = None
+
+
 class StepWire(Wire):
     """One step: exactly one kind of action."""
 
     name: Annotated[str | None, Meta(description="shown instead of a text made from the step")] = None
     modes: Annotated[list[ModeName], Meta(min_length=1, description="proxy modes it runs in")] | None = None
+    row: Annotated[str | None, Meta(description="begins a row of the table that a run ends with")] = None
     capture: Annotated[
         list[str] | str | None, Meta(description="POINTs of `testbed capture`: their packets are kept with --report")
     ] = None
@@ -193,6 +237,7 @@ class StepWire(Wire):
     wait: WaitWire | None = None
     expect: ExpectWire | None = None
     fault: FaultWire | None = None
+    doctor: DoctorWire | None = None
 
 
 class SpecWire(Wire):
@@ -212,7 +257,9 @@ class ScenarioWire(Wire):
     spec: SpecWire | None
 
 
-_ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault")
+KEPT_PATTERN = r"\{\{([a-z][a-z0-9-]*)\}\}"
+_OF_EACH = frozenset({"pod", "ip", "number"})
+_ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault", "doctor")
 _REQUESTS = ("get", "tcp", "udp")
 _GOES_WITH: dict[str, tuple[str, ...]] = {
     "type": ("resolve",),
@@ -289,6 +336,7 @@ class _Reader:
         self.topology: Topology | None = None
         self.modes: tuple[str, ...] = ()
         self._files: set[Path] = set()
+        self._kept: set[str] = set()  # names of outputs
 
     def read(self, metadata: MetadataWire | None) -> Scenario | None:
         topology_file = self._load_topology()
@@ -365,10 +413,13 @@ class _Reader:
             "line": self.decoded.line(wire),
             "title": wire.name,
             "modes": modes,
+            "row": wire.row or "",
             "capture": self._capture(wire),
         }
         if wire.name is not None and not wire.name.isprintable():
             self.refuse(wire, "name", reason=f"{wire.name!r} is not one line of text")
+        if wire.row is not None and (not wire.row.isprintable() or not wire.row.strip()):
+            self.refuse(wire, "row", reason=f"{wire.row!r} is not one line of text")
         match getattr(wire, given[0]):
             case str() | list() as files if given[0] == "apply":
                 return self._apply(wire, files, about)
@@ -386,6 +437,8 @@ class _Reader:
                 return self._expect(expect, about, modes or self.modes)
             case FaultWire() as fault:
                 return self._fault(fault, about)
+            case DoctorWire() as doctor:
+                return self._doctor(doctor, about)
         return None
 
     def _capture(self, wire: StepWire) -> tuple[CapturePoint, ...]:
@@ -511,11 +564,13 @@ class _Reader:
             prints=wire.prints,
             status=wire.status,
             within_s=_seconds(wire.within) or 0.0,
+            claims=self._output_claims(wire, argv),
             **_titled(about, f"{where}: {shlex.join(argv)}{_claims(wire)}"),
         )
 
     def _kubectl(self, wire: KubectlWire, about: dict[str, Any]) -> KubectlStep | None:
         argv = self._argv(wire, wire.run)
+        each = None if wire.each is None else self._selector(wire, _RESOURCE_BY_KIND["pod"], wire.each, "each")
         if argv is None:
             return None
         return KubectlStep(
@@ -523,8 +578,38 @@ class _Reader:
             prints=wire.prints,
             status=wire.status,
             within_s=_seconds(wire.within) or 0.0,
+            claims=self._output_claims(wire, argv, of_each=_OF_EACH if each else frozenset()),
+            each=each,
+            editor=wire.editor or "",
             **_titled(about, f"kubectl {shlex.join(argv)}{_claims(wire)}"),
         )
+
+    def _output_claims(
+        self, wire: ExecWire | KubectlWire, argv: Sequence[str], *, of_each: frozenset[str] = frozenset()
+    ) -> OutputClaims:
+        """Return what is claimed about the output; refuse kept outputs that no step before has kept."""
+        if wire.matches is not None:
+            try:
+                re.compile(wire.matches)
+            except re.error as error:
+                self.refuse(wire, "matches", reason=f"{wire.matches!r} is no regular expression: {error}")
+        used = {name for word in (*argv, wire.prints or "") for name in re.findall(KEPT_PATTERN, word)} - of_each
+        for name in sorted(used - self._kept):
+            self.refuse(wire, "run", reason=f"{{{{{name}}}}} is kept by no step before{suggestion(name, self._kept)}")
+        if wire.differs is not None and wire.differs not in self._kept:
+            self.refuse(wire, "differs", reason=f"{wire.differs!r} is kept by no step before")
+        if wire.keep is not None:
+            self._kept.add(wire.keep)
+        table = None
+        if wire.table is not None and wire.table.columns is not None and wire.table.rows is not None:
+            table = Table(tuple(wire.table.columns), tuple(map(tuple, wire.table.rows)))
+            for index, row in enumerate(table.rows):
+                if len(row) != len(table.columns):
+                    reason = f"has {len(row)} cells, and there are {len(table.columns)} columns"
+                    self.refuse(wire.table, "rows", index, reason=reason)
+        return OutputClaims(
+            matches=wire.matches or "", table=table, differs=wire.differs or "", keep=wire.keep or ""
+        )  # fmt: skip
 
     def _argv(self, wire: Wire, run: list[str] | str | None) -> tuple[str, ...] | None:
         if run is None:
@@ -597,6 +682,23 @@ class _Reader:
         if selector is None or (at and not self._is_machine(wire, node, action)):
             return None
         return FaultStep(action=FaultAction(action), pods=selector, node=node, **_titled(about, f"{action} {text}"))
+
+    def _doctor(self, wire: DoctorWire, about: dict[str, Any]) -> DoctorStep | None:
+        if wire.names is None:
+            return None
+        for index, name in enumerate(wire.names):
+            if name not in CAUSES:
+                known = suggestion(name, CAUSES) or f" (there is: {', '.join(CAUSES)})"
+                self.refuse(wire, "names", index, reason=f"the doctor knows no cause {name!r}{known}")
+        if wire.at and not wire.names:
+            self.refuse(wire, "at", reason="goes with names: where nothing is found there is no place")
+        said = ", ".join(wire.names) or "all is well"
+        return DoctorStep(
+            names=tuple(dict.fromkeys(wire.names)),
+            at=tuple(wire.at),
+            within_s=DEFAULT_EXPECT_WITHIN_S if wire.within is None else float(wire.within),
+            **_titled(about, f"the doctor says: {said}"),
+        )
 
     # Expectations
 

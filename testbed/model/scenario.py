@@ -76,6 +76,7 @@ class StepBase:
     line: int
     title: str  # for people: what is done or expected
     modes: tuple[str, ...] = ()  # proxy modes it runs in; () for all
+    row: str = ""  # begins a row of the report's table, with this title; '': it belongs to the one before, if any
     capture: tuple[CapturePoint, ...] = ()  # packets there are kept in the report folder
 
 
@@ -103,6 +104,24 @@ class ScaleStep(StepBase):
     within_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The form of a table that a program prints: its columns, and every row, in any order, as patterns of cells (* and ?)."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputClaims:
+    """What is claimed about what a program writes. ``keep`` and ``differs`` are names of outputs kept by the scenario."""
+
+    matches: str = ""  # a regular expression (^ and $ are of lines) for a part of what it writes, errors included
+    table: Table | None = None
+    differs: str = ""
+    keep: str = ""  # remember what it prints, without blanks at the ends: {{NAME}} in later steps
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecStep(StepBase):
     """Run a program somewhere. With ``within_s`` above 0 it is run again until it does what is expected."""
@@ -112,16 +131,23 @@ class ExecStep(StepBase):
     prints: str | None = None  # a part of what it writes to standard output
     status: int = 0
     within_s: float = 0.0
+    claims: OutputClaims = OutputClaims()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubectlStep(StepBase):
-    """Run kubectl with these arguments."""
+    """Run kubectl with these arguments.
+
+    With ``each``, once for each of these pods by name, with {{pod}}, {{ip}} and {{number}} (from 1) in the arguments.
+    """
 
     argv: tuple[str, ...]
     prints: str | None = None
     status: int = 0
     within_s: float = 0.0
+    claims: OutputClaims = OutputClaims()
+    each: Selector | None = None
+    editor: str = ""  # what `kubectl edit` runs
 
 
 class Condition(Enum):
@@ -249,6 +275,15 @@ class ArpStep(StepBase):
     within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorStep(StepBase):
+    """Have the doctor look at the lab: he names exactly these causes, () for a lab in which all is well."""
+
+    names: tuple[str, ...]  # keys of `testbed.model.doctor.CAUSES`
+    at: tuple[str, ...] = ()  # with names: each of these places is among the findings', like ``node node1``
+    within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
+
+
 class FaultAction(Enum):
     """What to break, or mend."""
 
@@ -281,6 +316,7 @@ Step = (
     | ResolveStep
     | ArpStep
     | FaultStep
+    | DoctorStep
 )
 
 

@@ -43,7 +43,7 @@ from testbed.dataplane.corefile import (
 )
 from testbed.dataplane.dns import NAMESPACES, PODS, SERVICES, SLICES, Zone
 from testbed.errors import InputError, KernelError
-from testbed.model.dns import PodMode
+from testbed.model.dns import PodMode, Rcode
 from testbed.programs.answers import Answer, Listener
 from testbed.programs.dns_responder import MALFORMED, Responder
 from testbed.programs.kube_proxy import Changed, Listed, Stop, Watcher
@@ -327,9 +327,12 @@ def _reap_orphans(own: int) -> None:
 class Faces:
     """What the pod answers on its HTTP ports."""
 
-    def __init__(self, is_ready: Callable[[], bool], dnsmasq: Dnsmasq) -> None:
+    def __init__(
+        self, is_ready: Callable[[], bool], dnsmasq: Dnsmasq, count_replies: Callable[[Rcode], int]
+    ) -> None:  # fmt: skip
         self._is_ready = is_ready
         self._dnsmasq = dnsmasq
+        self._count_replies = count_replies
 
     def health(self, path: str) -> Answer:
         return Answer(200, "OK") if path == "/health" else Answer(404, "404 page not found\n")
@@ -350,6 +353,10 @@ class Faces:
             ("coredns_hosts_reload_seconds", "gauge", self._dnsmasq.last_reload_s),
         ]
         text = "".join(f"# TYPE {name} {kind}\n{name} {value:.9g}\n" for name, kind, value in rows)
+        # What dnsmasq answers itself (names with an address) is not among these: NXDOMAIN never is.
+        text += "# TYPE coredns_dns_responses_total counter\n" + "".join(
+            f'coredns_dns_responses_total{{rcode="{rcode.name}"}} {self._count_replies(rcode)}\n' for rcode in Rcode
+        )
         return Answer(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -422,7 +429,7 @@ def main(argv: Sequence[str], address: str) -> int:
     dns = ClusterDns(
         config, text, dnsmasq, responder, addresses=(address, _LOOPBACK), log=log, on_watch=watch
     )  # fmt: skip
-    faces = Faces(lambda: dns.is_ready, dnsmasq)
+    faces = Faces(lambda: dns.is_ready, dnsmasq, responder.count_replies)
     try:
         responder.start(_LOOPBACK, RESPONDER_PORT)
         dns.start()

@@ -93,6 +93,7 @@ class Responder:
         self._lock = threading.Lock()
         self._is_synced = False
         self._kept: dict[object, _Kept] = {}  # by bytes of the question, and by what matters of it
+        self._rcodes = [0] * 16
         self._workers = ThreadPoolExecutor(_WORKERS, "dns")
 
     def update(self, change: Callable[[Zone], None], *, synced: bool = False, config: DnsConfig | None = None) -> None:
@@ -107,6 +108,14 @@ class Responder:
         """Return what ``look`` finds in the zone, which does not change meanwhile."""
         with self._lock:
             return look(self._zone)
+
+    def count_replies(self, rcode: Rcode) -> int:
+        """Return how many replies had this code, since the start."""
+        return self._rcodes[int(rcode)]
+
+    def _count(self, reply: bytes) -> bytes:
+        self._rcodes[reply[3] & 0x0F] += 1  # RFC 1035, 4.1.1; a count lost between threads is of no matter
+        return reply
 
     # -- serving ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +147,7 @@ class Responder:
             with contextlib.suppress(OSError, *MALFORMED):
                 reply = query[:2] + kept.take() if kept is not None else self._reply(query, datagrams, client)
                 if reply is not None:
-                    datagrams.sendto(reply, client)
+                    datagrams.sendto(self._count(reply), client)
 
     def _reply(self, query: bytes, datagrams: socket.socket, client: tuple[str, int]) -> bytes | None:
         """Return the reply, or None when there will be one later, or never."""
@@ -166,7 +175,7 @@ class Responder:
 
         def later() -> None:
             with contextlib.suppress(OSError, *MALFORMED):
-                datagrams.sendto(self._completed(message, query, answer, limit), client)
+                datagrams.sendto(self._count(self._completed(message, query, answer, limit)), client)
 
         self._workers.submit(later)
         return None
@@ -189,7 +198,7 @@ class Responder:
                     return
                 with self._lock:
                     answer = self._find(message)
-                reply = self._completed(message, query, answer, _TCP_BYTES)
+                reply = self._count(self._completed(message, query, answer, _TCP_BYTES))
                 connection.sendall(struct.pack("!H", len(reply)) + reply)
 
     def _find(self, message: DNSRecord) -> Answer:

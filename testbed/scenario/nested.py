@@ -19,11 +19,18 @@ Results = list[tuple[ScenarioResult, str]]
 
 
 def nested_arguments(
-    paths: Sequence[Path], mode: str, *, iptables_backend: str, to_stderr: bool, packets: Path | None = None
+    paths: Sequence[Path],
+    mode: str,
+    *,
+    iptables_backend: str,
+    to_stderr: bool,
+    packets: Path | None = None,
+    one_lab: bool = False,
 ) -> list[str]:
     """Return the arguments of the `testbed` inside, which narrates as this one does and prints no report."""
     backend = ["--iptables-backend", iptables_backend] if iptables_backend else []
     output = ["-o", "json"] if to_stderr else []
+    together = ["--one-lab"] if one_lab else []
     kept = ["--packets", str(packets.resolve())] if packets is not None else []
     shown = [str(path) if not str(path).startswith("-") else f"./{path}" for path in paths]
     return [
@@ -37,6 +44,7 @@ def nested_arguments(
         *kept,
         *backend,
         *output,
+        *together,
     ]
 
 

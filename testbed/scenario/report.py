@@ -6,7 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _XML_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, 2.2
+_MOST_OUTPUT = 16384
 _IN_NESTED = ", in the nested kernel"
 _MARKS = {Status.PASSED: ("✓", "32"), Status.FAILED: ("✗", "31"), Status.NOT_RUN: ("-", "2")}
 
@@ -85,7 +86,21 @@ class TextReport:
             steps = f"{passed}/{len(result.steps)}"
             mode = result.mode + (" (nested)" if result.nested else "")
             rows.append((result.scenario.name, mode, steps, word, f"{result.duration_s:.1f} s"))
-        return "\n".join([*lines, aligned(rows)])
+        return "\n".join([*lines, aligned(rows), *self._rows(results)])
+
+    def _rows(self, results: Sequence[ScenarioResult]) -> list[str]:
+        """Return a table of the rows that steps begin, and how many of them passed; nothing when no step begins any."""
+        found = [(result, row) for result in results for row in rows_of(result)]
+        if not found:
+            return []
+        cells = [("ROW", "MODE", "SCENARIO", "RESULT", "TIME")]
+        for result, row in found:
+            cells.append(
+                (_one_line(row.title), result.mode, result.scenario.name, row.status.value, f"{row.duration_s:.1f} s")
+            )
+        titles = {row.title for _, row in found}
+        failed = {row.title for _, row in found if row.status is not Status.PASSED}
+        return ["", aligned(cells), "", f"{len(titles - failed)} of {len(titles)} rows passed"]
 
     def _spreads(self, result: ScenarioResult) -> list[str]:
         lines = []
@@ -102,6 +117,31 @@ class TextReport:
         return lines
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Steps that belong together under one title, and how they ended together."""
+
+    title: str
+    status: Status
+    duration_s: float
+
+
+def rows_of(result: ScenarioResult) -> list[Row]:
+    """Return the rows of a result in order: each step that names one begins it."""
+    grouped: list[tuple[str, list[StepResult]]] = []
+    for step in result.steps:
+        if step.step.row:
+            grouped.append((step.step.row, []))
+        if grouped:
+            grouped[-1][1].append(step)
+    rows = []
+    for title, steps in grouped:
+        statuses = {step.status for step in steps}
+        worst = next(status for status in (Status.FAILED, Status.NOT_RUN, Status.PASSED) if status in statuses)
+        rows.append(Row(title, worst, sum(step.duration_s for step in steps)))
+    return rows
+
+
 def as_dict(result: ScenarioResult, lab: str) -> dict[str, Any]:
     """Return a result as JSON values; docs/scenario.md describes the fields."""
     return {
@@ -116,6 +156,7 @@ def as_dict(result: ScenarioResult, lab: str) -> dict[str, Any]:
             {
                 "number": step.number,
                 "title": step.step.title,
+                "row": step.step.row,
                 "file": step.step.file,
                 "line": step.step.line,
                 "status": step.status.value,
@@ -125,6 +166,7 @@ def as_dict(result: ScenarioResult, lab: str) -> dict[str, Any]:
                 "seen": step.seen,
                 "where": step.where,
                 "counts": step.counts,
+                "output": step.output[:_MOST_OUTPUT],
                 "captures": list(step.captures),
             }
             for step in result.steps

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from ipaddress import IPv4Address
@@ -16,6 +17,7 @@ from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
 from testbed.kernel.pace import is_nested, patient
 from testbed.kernel.processes import Completed
 from testbed.kernel.rtnetlink import mac_of
+from testbed.lab.doctor import examine
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
 from testbed.model.objects import BY_KEY, Object, labels_of, name_of, namespace_of
@@ -24,6 +26,7 @@ from testbed.model.scenario import (
     ArpStep,
     Condition,
     DeleteStep,
+    DoctorStep,
     ExecStep,
     ExpectStep,
     FaultAction,
@@ -41,6 +44,7 @@ from testbed.probes import Observation, ask, ask_arp, dig_argv, read_dig
 from testbed.scenario.judge import is_connection_only, judge
 from testbed.scenario.judge_arp import judge_arp
 from testbed.scenario.judge_dns import judge_resolution
+from testbed.scenario.judge_output import fill, judge_output
 from testbed.scenario.lab import LabLike
 from testbed.scenario.objects import (
     SERVICE_LABEL,
@@ -77,6 +81,7 @@ class Attempt:
     where: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     observations: tuple[Observation, ...] = ()
+    output: str = ""  # what a program wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +98,7 @@ class StepResult:
     where: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     observations: tuple[Observation, ...] = ()
+    output: str = ""  # what a program wrote
     captures: tuple[str, ...] = ()  # names of pcapng files in the report folder
 
 
@@ -148,6 +154,7 @@ class _Runner:
         self._mode = mode
         self._clock = clock
         self._pause = pause
+        self._kept: dict[str, str] = {}
         self._recorder = recorder
 
     def run(self, number: int, step: Step) -> StepResult:
@@ -208,6 +215,7 @@ class _Runner:
             where=attempt.where,
             counts=attempt.counts,
             observations=attempt.observations,
+            output=attempt.output,
         )
 
     def _try(self, step: Step) -> Attempt:
@@ -232,6 +240,8 @@ class _Runner:
                 return self._arp(step)
             case FaultStep():
                 return self._fault(step)
+            case DoctorStep():
+                return self._doctor(step)
 
     # -- objects ---------------------------------------------------------------------------------------------------
 
@@ -310,18 +320,50 @@ class _Runner:
 
     def _exec(self, step: ExecStep) -> Attempt:
         where = self._place(step.where)
-        done = self._lab.run(where, step.argv, timeout_s=patient(max(_PROGRAM_TIMEOUT_S, step.within_s)))
-        return _program_attempt(step, step.argv, done, f" in {where}")
+        argv = self._filled(step.argv, {})
+        done = self._lab.run(where, argv, timeout_s=patient(max(_PROGRAM_TIMEOUT_S, step.within_s)))
+        return self._judged(step, argv, done, f" in {where}")
 
     def _kubectl(self, step: KubectlStep) -> Attempt:
-        argv = [find_kubectl(), f"--kubeconfig={self._lab.kubeconfig}", *step.argv]
+        if step.each is None:
+            return self._run_kubectl(step, {})
+        pods = sorted(self._pods(step.each), key=pod_name)
+        if not pods:
+            return Attempt(passed=False, wanted=f"a pod {step.each}", seen="there is none")
+        for number, pod in enumerate(pods, 1):
+            address = str((pod.get("status") or {}).get("podIP") or "")
+            attempt = self._run_kubectl(step, {"pod": name_of(pod), "ip": address, "number": str(number)})
+            if not attempt.passed:
+                break
+        return attempt
+
+    def _run_kubectl(self, step: KubectlStep, values: Mapping[str, str]) -> Attempt:
+        words = self._filled(step.argv, values)
+        argv = [find_kubectl(), f"--kubeconfig={self._lab.kubeconfig}", *words]
+        env = {**os.environ, **({"KUBE_EDITOR": step.editor} if step.editor else {})}
         try:  # in the scenario's folder, so that `apply -f FILE` finds its files
             ran = subprocess.run(
-                argv, capture_output=True, timeout=patient(_PROGRAM_TIMEOUT_S), check=False, cwd=Path(step.file).parent
-            )
+                argv, capture_output=True, timeout=patient(_PROGRAM_TIMEOUT_S), check=False, env=env,
+                cwd=Path(step.file).parent,
+            )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise ExpectationFailed(f"did not end within {patient(_PROGRAM_TIMEOUT_S):g} s") from error
-        return _program_attempt(step, ["kubectl", *step.argv], Completed(ran.returncode, ran.stdout, ran.stderr), "")
+        return self._judged(step, ["kubectl", *words], Completed(ran.returncode, ran.stdout, ran.stderr), "")
+
+    def _filled(self, argv: Sequence[str], values: Mapping[str, str]) -> list[str]:
+        """Return words with {{NAME}} replaced by what was kept under that name."""
+        known = {**self._kept, **values}
+        return [fill(word, known) for word in argv]
+
+    def _judged(self, step: ExecStep | KubectlStep, argv: Sequence[str], done: Completed, place: str) -> Attempt:
+        output, errors = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+        verdict = judge_output(step, done.status, output, errors, self._kept)
+        if verdict.passed and step.claims.keep:
+            self._kept[step.claims.keep] = output.strip()
+        return Attempt(
+            passed=verdict.passed, wanted=verdict.wanted, seen=verdict.seen, where=f"`{shlex.join(argv)}`{place}",
+            output=output + errors,
+        )  # fmt: skip
 
     def _expect(self, step: ExpectStep) -> Attempt:
         where = self._place(step.where)
@@ -383,6 +425,18 @@ class _Runner:
             self._lab.signal_pod(namespace_of(pod), name_of(pod), _SIGNALS[step.action])
         return Attempt(passed=True, seen=", ".join(pod_name(pod) for pod in pods))
 
+    def _doctor(self, step: DoctorStep) -> Attempt:
+        found, _ = examine(self._lab)
+        causes = {finding.cause for finding in found}
+        missed = [place for place in step.at if place not in {finding.where for finding in found}]
+        wanted = ", ".join(step.names) or "nothing found"
+        return Attempt(
+            passed=causes == set(step.names) and not missed,
+            wanted=wanted + (f" at {', '.join(step.at)}" if step.at else ""),
+            seen="\n".join(f"{f.cause} at {f.where}: {f.what}" for f in found) or "nothing found",
+            where="the doctor",
+        )
+
     # -- who and where ---------------------------------------------------------------------------------------------
 
     def _pods(self, selector: Selector) -> list[Object]:
@@ -415,25 +469,8 @@ def _within_s(step: Step) -> float:
     """Return for how long a step is tried again; 0: once."""
     if isinstance(step, ExpectStep):
         return 0.0 if step.is_statistical else step.within_s
-    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep | ArpStep):
+    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep | ArpStep | DoctorStep):
         return step.within_s
     if isinstance(step, ScaleStep):
         return step.within_s or 0.0
     return 0.0
-
-
-def _program_attempt(step: ExecStep | KubectlStep, argv: Sequence[str], done: Completed, place: str) -> Attempt:
-    output = done.stdout.decode(errors="replace")
-    wanted = [f"status {step.status}"]
-    passed = done.status == step.status
-    if step.prints is not None:
-        wanted.append(f"{step.prints!r} printed")
-        passed = passed and step.prints in output
-    errors = done.stderr.decode(errors="replace").strip()
-    seen = f"status {done.status}, printed {_shorten(output)!r}" + (f", said {_shorten(errors)!r}" if errors else "")
-    return Attempt(passed=passed, wanted=", ".join(wanted), seen=seen, where=f"`{shlex.join(argv)}`{place}")
-
-
-def _shorten(text: str, limit: int = 400) -> str:
-    text = text.strip()
-    return text if len(text) <= limit else f"{text[:limit]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,13 +12,46 @@ import pytest
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
 
-SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios").glob("*/scenario.yaml"))
+ROOT = Path(__file__).parents[2] / "scenarios"
+SCENARIOS = sorted(ROOT.glob("*/scenario.yaml"))
+COURSES = sorted(
+    {path.parents[1] for path in ROOT.glob("*/*/scenario.yaml")} - {ROOT / "tutorial"}
+)  # that one is below
 
 
-@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.parent.name)
-def test_scenario(path: Path) -> None:
-    """Every step of the scenario passes, in each of its proxy modes; those that this kernel lacks run in the nested one."""
-    command = [sys.executable, "-m", "testbed", "run", str(path.parent), "-o", "json"]
+@pytest.mark.parametrize("folder", [path.parent for path in SCENARIOS] + COURSES, ids=lambda folder: folder.name)
+def test_scenario(folder: Path) -> None:
+    """Every step of the scenario passes, in each of its proxy modes; those that this kernel lacks run in the nested one.
+
+    A course is a folder of scenarios that share a lab.
+    """
+    command = [sys.executable, "-m", "testbed", "run", str(folder), "-o", "json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_tutorial(tmp_path: Path) -> None:
+    """All 35 rows pass, and docs/tutorial.md is what tools/tutorial.py makes of this run, but for names and numbers."""
+    command = [
+        sys.executable,
+        "-m",
+        "testbed",
+        "run",
+        str(ROOT / "tutorial"),
+        "--report",
+        str(tmp_path),
+        "--no-capture",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "35 of 35 rows passed" in done.stdout
+    spec = importlib.util.spec_from_file_location("tutorial", ROOT.parent / "tools" / "tutorial.py")
+    assert spec is not None and spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    outputs = generator.outputs_of_run(json.loads((tmp_path / "scenario.json").read_text()))
+    page = (ROOT.parent / "docs" / "tutorial.md").read_text()
+    assert generator.normalized(generator.render(outputs)) == generator.normalized(page)

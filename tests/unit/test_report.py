@@ -20,7 +20,7 @@ import pytest
 from testbed.manifests import find_topology, load_topology
 from testbed.model.scenario import AnsweredBy, ApplyStep, ExpectStep, Request, Scenario, Scheme, Selector, Share, Step
 from testbed.probes import Observation, Outcome
-from testbed.scenario.report import TextReport, aligned, json_report, junit_report, printable, write_reports
+from testbed.scenario.report import TextReport, aligned, json_report, junit_report, printable, rows_of, write_reports
 from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
 FILE = "/scenarios/s/scenario.yaml"
@@ -123,6 +123,29 @@ def test_summary() -> None:
     )
 
 
+def test_rows() -> None:
+    """Steps belong to the row that one before them began; a row passed when all of its steps did; each is counted once."""
+
+    def step(row: str, status: Status) -> StepResult:
+        return StepResult(number=1, step=replace(APPLY, row=row), status=status, duration_s=1.0)
+
+    seen = result(
+        step("", Status.FAILED), step("1 a", Status.PASSED), step("", Status.PASSED), step("2 b", Status.PASSED),
+        step("", Status.FAILED), step("3 c", Status.NOT_RUN),
+    )  # fmt: skip
+    assert [(row.title, row.status, row.duration_s) for row in rows_of(seen)] == [
+        ("1 a", Status.PASSED, 2.0), ("2 b", Status.FAILED, 2.0), ("3 c", Status.NOT_RUN, 1.0),
+    ]  # fmt: skip
+    assert TextReport(colours=False).summary([seen]).splitlines()[-6:] == [
+        "ROW   MODE       SCENARIO   RESULT    TIME",
+        "1 a   iptables   s          passed    2.0 s",
+        "2 b   iptables   s          failed    2.0 s",
+        "3 c   iptables   s          not run   1.0 s",
+        "",
+        "1 of 3 rows passed",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -165,8 +188,8 @@ def test_json() -> None:
     """One document; docs/scenario.md describes these fields."""
     failed = replace(FAILED, captures=("s-iptables-step-2-failed.pcapng",))
     document = json.loads(json_report([(result(PASSED, failed, NOT_RUN), "s-2")], SKIPPED))
-    about = {"title": "apply web.yaml", "file": FILE, "line": 8}
-    empty = {"wanted": "", "seen": "", "where": "", "counts": {}, "captures": []}
+    about = {"title": "apply web.yaml", "row": "", "file": FILE, "line": 8}
+    empty = {"wanted": "", "seen": "", "where": "", "counts": {}, "output": "", "captures": []}
     assert document == {
         "passed": False,
         "results": [
@@ -181,9 +204,9 @@ def test_json() -> None:
                 "steps": [
                     {"number": 1, **about, "status": "passed", "duration_s": 0.012, "attempts": 1, **empty, "seen": "pod/a created"},
                     {
-                        "number": 2, "title": "requests spread", "file": FILE, "line": 9, "status": "failed", "duration_s": 5.0,
+                        "number": 2, "title": "requests spread", "row": "", "file": FILE, "line": 9, "status": "failed", "duration_s": 5.0,
                         "attempts": 51, "wanted": "300 answers (within 5 s)", "seen": "299 answered; 1 timed out",
-                        "where": "http://10.96.0.10/ from client", "counts": {"dev/web-a": 200, "dev/web-b": 99},
+                        "where": "http://10.96.0.10/ from client", "counts": {"dev/web-a": 200, "dev/web-b": 99}, "output": "",
                         "captures": ["s-iptables-step-2-failed.pcapng"],
                     },
                     {"number": 3, **about, "status": "not run", "duration_s": 0.0, "attempts": 0, **empty},

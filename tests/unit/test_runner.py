@@ -16,6 +16,7 @@ import pytest
 from controllers_world import World
 from scenario_world import FakeLab
 
+from testbed.dataplane.doctor import Finding
 from testbed.errors import KernelError, LabError
 from testbed.kernel.processes import Completed
 from testbed.manifests import load_objects, load_scenario
@@ -594,6 +595,39 @@ def test_programs_are_run_again_within(bench: Bench) -> None:
     result = bench.run("exec: {in: node1, run: \"sh -c 'a b'\", within: 1s}").steps[0]
     assert (result.status, result.attempts, result.where) == (Status.PASSED, 3, "`sh -c 'a b'` in node1")
     assert bench.lab.ran == [("node1", ("sh", "-c", "a b"))] * 3
+
+
+def test_outputs_are_kept(bench: Bench) -> None:
+    """What a step keeps is put into the words of later ones, and can be what another output must differ from."""
+    bench.load("apply: web.yaml")
+    bench.lab.programs = lambda run: Completed(0, b"10.96.0.8\n" if run < 3 else b"10.96.0.9\n", b"")
+    result = bench.run(
+        "exec: {in: node1, run: first, keep: address}", "exec: {in: node1, run: 'ask {{address}}'}",
+        "exec: {in: node1, run: again, differs: address}",
+    )  # fmt: skip
+    assert [step.status for step in result.steps] == [Status.PASSED] * 3
+    assert bench.lab.ran[1] == ("node1", ("ask", "10.96.0.8"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "passed"),
+    [
+        ("names: [hairpin-off]", True),
+        ("names: [hairpin-off], at: [node node1]", True),
+        ("names: [hairpin-off], at: [node node2]", False),
+        ("names: []", False),
+        ("names: [hairpin-off, dns-down]", False),
+    ],
+)
+def test_the_doctor_names_exactly(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, wanted: str, passed: bool
+) -> None:  # fmt: skip
+    """A doctor step wants exactly these causes, and the places it names among theirs."""
+    found = Finding(cause="hairpin-off", where="node node1", what="seen", do="mend it")
+    monkeypatch.setattr("testbed.scenario.runner.examine", lambda _lab: ((found,), None))
+    bench.load("apply: web.yaml")
+    result = bench.run(f"doctor: {{{wanted}, within: 0s}}").steps[0]
+    assert (result.status is Status.PASSED, result.seen) == (passed, "hairpin-off at node node1: seen")
 
 
 def test_kubectl(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

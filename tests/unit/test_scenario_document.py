@@ -269,7 +269,7 @@ def test_without_modes_the_topology_decides(tmp_path: Path) -> None:
     assert load_scenario(tmp_path / "scenario.yaml").proxy_modes == ("ipvs",)
 
 
-NO_ACTION = "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault; got none"
+NO_ACTION = "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault, doctor; got none"
 EXPECT = 'get: "http://1.2.3.4/"'
 
 
@@ -286,10 +286,10 @@ EXPECT = 'get: "http://1.2.3.4/"'
         ("{apply: web.yaml, capture: [client, 'node1:a/b']}", "capture[1]: 'node1:a/b': 'a/b' is not the name of an interface"),
         ("{apply: web.yaml, capture: []}", "capture: names no point"),
         ("{apply: web.yaml, capture: 5}", "capture: wants a list or text, got the number 5"),
-        ("{capture: all}", "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault; got none"),
+        ("{capture: all}", "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault, doctor; got none"),
         ("aply: web.yaml", 'unknown field "aply" (did you mean "apply"?)'),
         ("{apply: web.yaml, delete: web.yaml}",
-         "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault; got apply and delete"),
+         "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault, doctor; got apply and delete"),
         ("{apply: web.yaml, modes: [nftables]}", "modes[0]: 'nftables' is not one of the scenario's proxyModes (iptables, ipvs)"),
         ("delete: {deploymnt: dev/web}", 'delete.deploymnt: no kind is called \'deploymnt\' (did you mean "deployment"?)'),
         ("delete: {deployment: web}", "delete.deployment: 'web' is not NAMESPACE/NAME or NAMESPACE/label=value"),
