@@ -19,17 +19,18 @@ import shutil
 import struct
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vagrant_steps import StepFailed, Steps
+from vagrant_steps import WITH_US, StepFailed, Steps
 
 RELEASE = "bookworm"
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 #: What a public Debian box has, and nothing of what ./dev setup must install.
 BOX_PACKAGES = (
     "openssh-server", "sudo", "linux-image-amd64", "systemd-sysv", "dbus", "libpam-systemd", "ca-certificates", "ifupdown",
-    "isc-dhcp-client", "udev", "iproute2", "rsync", "kmod", "initramfs-tools", "procps",
+    "isc-dhcp-client", "udev", "iproute2", "rsync", "kmod", "initramfs-tools", "procps", "zstd",
 )  # fmt: skip
 DISK_GB = 12
 SECTOR = 512
@@ -101,7 +102,16 @@ def debootstrap(steps: Steps, root: Path, packages: tuple[str, ...], mirror: Mir
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         options.append(f"--cache-dir={cache}")
-    steps.run(["debootstrap", *options, RELEASE, root, mirror.main], limit_s=1800, log="debootstrap")
+    steps.run(in_build(["debootstrap", *options, RELEASE, root, mirror.main]), limit_s=1800, log="debootstrap")
+
+
+def in_build(argv: Sequence[str | Path]) -> list[str | Path]:
+    """Return the command that runs another one where its mounts, and what it leaves running, end with it.
+
+    debootstrap mounts proc and sys in the new root; when it is killed they would stay, and removing the root reach into them.
+    """
+    alone = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=KILL", "--"]
+    return [*WITH_US, *alone, *argv]
 
 
 def carry_site(root: Path, mirror: Mirror) -> None:
@@ -133,7 +143,14 @@ def pip_site_settings(listing: str, *, has_own_authorities: bool) -> str:
     values = {}
     for line in listing.splitlines():
         match = re.fullmatch(r"(?:global|user|site|:env:)\.([a-z-]+)='(.*)'", line)
-        if match and match[1] in ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout", "default-timeout"):
+        if match and match[1] in (
+            "index-url",
+            "extra-index-url",
+            "trusted-host",
+            "proxy",
+            "timeout",
+            "default-timeout",
+        ):
             name = match[1].removeprefix("default-")
             words = [word for word in match[2].split() if not word.startswith("file:")]
             if words:
@@ -144,9 +161,9 @@ def pip_site_settings(listing: str, *, has_own_authorities: bool) -> str:
     return "\n".join(["[global]", *lines, ""])
 
 
-def make_bootable(steps: Steps, root: Path) -> None:
+def make_bootable(steps: Steps, root: Path, mirror: Mirror) -> None:
     """Turn a Debian root into that of a box: user vagrant, network, boot files."""
-    carry_site(root, find_mirror())
+    carry_site(root, mirror)
     for name, text in {
         "etc/fstab": _FSTAB, "etc/hostname": "testbed\n", "etc/network/interfaces": _INTERFACES,
         "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 testbed\n",
@@ -159,18 +176,21 @@ def make_bootable(steps: Steps, root: Path) -> None:
     # the drivers of every provider's disks, whatever this machine's own are
     with (root / "etc/initramfs-tools/modules").open("a") as modules:
         modules.write("virtio_blk\nvirtio_pci\nvirtio_scsi\next4\n")
-    chroot = ["chroot", root]
-    steps.run([*chroot, "useradd", "--create-home", "--shell", "/bin/bash", "vagrant"], limit_s=60, log="image")
+
+    def inside(*words: str) -> None:
+        steps.run(in_build(["chroot", root, *words]), limit_s=300, log="image")
+
+    inside("useradd", "--create-home", "--shell", "/bin/bash", "vagrant")
     ssh = root / "home/vagrant/.ssh"
     ssh.mkdir(mode=0o700)
     keys = [path for pattern in VAGRANT_PUBLIC_KEYS for path in Path("/").glob(pattern.lstrip("/"))]
     if not keys:
         raise StepFailed(f"Vagrant's public key is at none of {', '.join(VAGRANT_PUBLIC_KEYS)}: is vagrant installed?")
     (ssh / "authorized_keys").write_text(keys[0].read_text())
-    steps.run([*chroot, "chown", "-R", "vagrant:vagrant", "/home/vagrant/.ssh"], limit_s=60, log="image")
-    steps.run([*chroot, "update-ca-certificates"], limit_s=120, log="image")
-    steps.run([*chroot, "update-initramfs", "-u"], limit_s=300, log="image")
-    steps.run([*chroot, "apt-get", "clean"], limit_s=60, log="image")
+    inside("chown", "-R", "vagrant:vagrant", "/home/vagrant/.ssh")
+    inside("update-ca-certificates")
+    inside("update-initramfs", "-u")
+    inside("apt-get", "clean")
     # each VM makes its own
     (root / "etc/machine-id").write_text("")
 
@@ -211,7 +231,9 @@ def boot_sectors(boot: bytes, core: bytes, sectors: int) -> bytes:
         ValueError: core.img does not fit before the partition.
     """
     if len(core) > (FIRST_SECTOR - 1) * SECTOR:
-        raise ValueError(f"core.img has {len(core)} bytes, and {(FIRST_SECTOR - 1) * SECTOR} are free before the partition")
+        raise ValueError(
+            f"core.img has {len(core)} bytes, and {(FIRST_SECTOR - 1) * SECTOR} are free before the partition"
+        )
     # active, cylinders and heads unused (LBA), type 0x83 (Linux), first sector, number of sectors
     entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", FIRST_SECTOR, sectors)
     mbr = boot[:440] + b"TBED\0\0" + entry + bytes(48) + b"\x55\xaa"
@@ -246,5 +268,8 @@ end
 
 def register_metadata(name: str, box: Path, metadata: Path) -> None:
     """Write the file by which ``vagrant box add`` registers the box under a public box's name."""
-    document = {"name": name, "versions": [{"version": "12.0.0", "providers": [{"name": "libvirt", "url": box.as_uri()}]}]}
+    document = {
+        "name": name,
+        "versions": [{"version": "12.0.0", "providers": [{"name": "libvirt", "url": box.as_uri()}]}],
+    }
     metadata.write_text(json.dumps(document))

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+#: Before a command: what it runs dies when we do, however we die. With `unshare --kill-child` that reaches everything below.
+WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
 PROGRESS_EVERY_S = 20.0
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL for a program that ran out of time
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
@@ -95,7 +97,9 @@ class Steps:
             self.say("\n".join(f"  {line}" for line in _ESCAPES.sub("", text).splitlines()))
         if process.returncode != 0:
             tail = "\n".join(f"    {line}" for line in _ESCAPES.sub("", text).splitlines()[-15:])
-            raise StepFailed(f"{shlex.join(words)} ended with status {process.returncode}; its log {file} ends with\n{tail}")
+            raise StepFailed(
+                f"{shlex.join(words)} ended with status {process.returncode}; its log {file} ends with\n{tail}"
+            )
         return text
 
     def _wait(

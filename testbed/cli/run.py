@@ -13,7 +13,7 @@ from testbed.lab.folder import list_records
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import load_scenario
 from testbed.model.scenario import Scenario, Step
-from testbed.scenario.modes import check_mode, why_not
+from testbed.scenario.modes import check_mode, what_kernel_lacks, why_not
 from testbed.scenario.report import TextReport, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 
@@ -36,8 +36,11 @@ def run_scenarios(
     if report_folder is not None:
         _check_writable(report_folder)
     planned = [(scenario, mode) for scenario in scenarios for mode in (modes or scenario.proxy_modes)]
-    skipped = [(scenario.name, mode, why_not(mode)) for scenario, mode in planned if why_not(mode)]
-    planned = [(scenario, mode) for scenario, mode in planned if not why_not(mode)]
+    reasons = [why_not(mode) or what_kernel_lacks(scenario.topology) for scenario, mode in planned]
+    skipped = [
+        (scenario.name, mode, reason) for (scenario, mode), reason in zip(planned, reasons, strict=True) if reason
+    ]
+    planned = [each for each, reason in zip(planned, reasons, strict=True) if not reason]
     if not planned:
         raise MissingFeature("; ".join(dict.fromkeys(reason for _, _, reason in skipped)))
     narrator = _Narrator(to_stderr=output != "text")

@@ -1,11 +1,12 @@
-"""Which proxy modes this version can run."""
+"""Which proxy modes this version can run, and which scenarios this kernel."""
 
 from __future__ import annotations
 
 import shutil
 
 from testbed.errors import InputError, MissingFeature
-from testbed.model.topology import PROXY_MODES
+from testbed.kernel.modules import WITHOUT_NETEM, has_netem
+from testbed.model.topology import PROXY_MODES, Topology
 
 IMPLEMENTED = ("iptables", "nftables")
 
@@ -32,3 +33,8 @@ def why_not(mode: str) -> str:
     if mode == "nftables" and shutil.which("nft") is None:
         return "proxy mode 'nftables' needs nft, which is not installed (apt-get install nftables)"
     return ""
+
+
+def what_kernel_lacks(topology: Topology) -> str:
+    """Return which feature of the kernel a topology needs and does not find, '' when there is all."""
+    return f"topology {topology.name!r}: {WITHOUT_NETEM}" if topology.needs_netem and not has_netem() else ""

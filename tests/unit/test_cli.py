@@ -22,6 +22,7 @@ from scenario_world import FakeLab
 import testbed.cli.run
 import testbed.lab.folder
 import testbed.lab.start
+import testbed.scenario.modes
 from testbed import __version__
 from testbed.cli.main import main
 from testbed.errors import LabError
@@ -425,6 +426,29 @@ def test_run_fails(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatc
     )
     assert "  - 2/2 never seen (not run)\n" in ended.out
     assert [line.split()[3] for line in ended.out.splitlines()[-2:]] == ["failed", "passed"]
+
+
+def test_run_on_a_kernel_without_a_feature(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scenario whose topology this kernel cannot make is skipped by name; when there is no other one, the status is 3."""
+    monkeypatch.setattr(testbed.scenario.modes, "has_netem", lambda: False)
+    folder = Path("far")
+    folder.mkdir()
+    topology = (
+        find_topology("three-nodes")
+        .read_text()
+        .replace("spec:\n", "spec:\n  links: [{between: [client, lan], delay: 1ms}]\n")
+    )
+    (folder / "three-nodes.yaml").write_text(topology)
+    (folder / "scenario.yaml").write_text(Path("runs/scenario.yaml").read_text().replace("name: s", "name: far"))
+    lacks = (
+        "topology 'three-nodes': delay and loss need the kernel's netem (sch_netem), which this kernel does not have; "
+    )
+    ended = testbed_("run", "runs", "far")
+    assert (ended.status, len(labs)) == (0, 1)
+    assert [line for line in ended.out.splitlines() if line.startswith(f"skipped: far in iptables: {lacks}")]
+    alone = testbed_("run", "far")
+    assert (alone.status, alone.out, len(labs)) == (3, "", 1)
+    assert lacks in alone.err
 
 
 def test_run_as_json(testbed_: Testbed, labs: Labs) -> None:
