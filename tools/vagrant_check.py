@@ -232,8 +232,8 @@ class Vagrant:
 
     def __call__(self, *words: str | Path, limit_s: float, log: str, show: bool = False) -> str:
         """Run a vagrant command; return what it printed."""
-        argv = self.enclosure.command(["vagrant", *words])
-        return self.steps.run(argv, limit_s=limit_s, log=log, cwd=PROJECT, env=self.env, show=show)
+        argv = self.enclosure.command(["vagrant", *words], cwd=PROJECT)
+        return self.steps.run(argv, limit_s=limit_s, log=log, env=self.env, show=show)
 
     def ssh(self, command: str, *, limit_s: float, log: str, show: bool = True) -> str:
         """Run a command line in the VM; return what it printed."""

@@ -46,9 +46,9 @@ class Enclosure:
 
     pid: int
 
-    def command(self, argv: Sequence[str | Path]) -> list[str]:
-        """Return the command that runs another one inside."""
-        inside = ["nsenter", "-t", str(self.pid), "-m", "-n", "-p", "-u", "-i", "--"]
+    def command(self, argv: Sequence[str | Path], *, cwd: Path = Path("/")) -> list[str]:
+        """Return the command that runs another one inside; nsenter itself would start it in /."""
+        inside = ["nsenter", "-t", str(self.pid), "-m", "-n", "-p", "-u", "-i", "--", "env", "-C", str(cwd)]
         return [*inside, *(str(word) for word in argv)]
 
 
