@@ -10,9 +10,9 @@
 set -euo pipefail
 
 VENV=/opt/testbed/venv
-# ip_vs and its schedulers, as KubeProxyConfiguration's ipvs.scheduler can name them; delay and loss on links; dummy links
+# ip_vs and its schedulers, those that Debian's kernel has (twos is not built); delay and loss on links; dummy links
 MODULES="ip_vs ip_vs_rr ip_vs_wrr ip_vs_lc ip_vs_wlc ip_vs_lblc ip_vs_lblcr ip_vs_dh ip_vs_sh ip_vs_sed ip_vs_nq ip_vs_fo
-  ip_vs_ovf ip_vs_mh ip_vs_twos nf_conntrack sch_netem dummy"
+  ip_vs_ovf ip_vs_mh nf_conntrack sch_netem dummy"
 
 mode=run
 root=
@@ -54,9 +54,9 @@ write() {
   printf '%s\n' "$text" >"$root$file"
 }
 
-# Whether this is the system of the running kernel: modules cannot be loaded from a chroot, nor by who only builds an image.
-is_running_system() {
-  [ -z "$root" ] && [ /proc/1/root -ef / ]
+# Whether this system is booted, by sd_booted(3): the kernel that runs over a chroot, or over an image that is built, is another's.
+is_booted() {
+  [ -d /run/systemd/system ]
 }
 
 parse() {
@@ -116,8 +116,8 @@ load_modules() {
   for module in $MODULES; do text+=$'\n'$module; done
   echo "$text" | write /etc/modules-load.d/testbed.conf
   printf '%s\n' "# no dummy0 that nobody asked for" "options dummy numdummies=0" | write /etc/modprobe.d/testbed.conf
-  if [ "$mode" = run ] && ! is_running_system; then
-    say "not the running system: the modules come with its next boot"
+  if [ "$mode" = run ] && ! is_booted; then
+    say "this system is not booted (by systemd): the modules come when it is"
     return
   fi
   local words

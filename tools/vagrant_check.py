@@ -274,6 +274,18 @@ def _vagrant(steps: Steps, plan: Plan, scratch: Path, box: Path, enclosure: Encl
     for name in ("delay", *plan.scenarios):
         with steps.step(f"scenarios/{name}"):
             vagrant.ssh(f"cd testbed && sudo testbed run scenarios/{name}", limit_s=SCENARIO_LIMIT_S, log=name)
+    with steps.step("a capture in the VM, read on the host, as docs/vagrant.md has it"):
+        vagrant.ssh("sudo testbed up capture", limit_s=300, log="capture")
+        ping = "sudo testbed exec -l capture client -- ping -c 100 -i 0.5 192.168.93.11 >/dev/null"
+        dump = "sudo testbed exec -l capture node1 -- tcpdump -i any -U -c 4 -w - icmp 2>/dev/null"
+        argv = enclosure.command(["vagrant", "ssh", "--no-tty", "-c", f"{ping} & {dump}"], cwd=PROJECT)
+        capture = scratch / "node1.pcap"
+        to_file = ["sh", "-c", 'file=$1; shift; exec "$@" >"$file"', "sh", str(capture)]
+        steps.run([*to_file, *argv], limit_s=300, log="capture", env=env)
+        read = steps.run(["tcpdump", "-nr", capture], limit_s=30, log="capture", show=True)
+        if read.count("ICMP echo") != 4:
+            raise StepFailed(f"the capture holds something else than 4 ICMP packets: see {steps.logs / 'capture.log'}")
+        vagrant.ssh("sudo testbed down capture", limit_s=120, log="capture")
     with steps.step("vagrant provision again changes nothing"):
         again = vagrant("provision", limit_s=900, log="provision-again")
         if "writes " in again or "installing" in again:

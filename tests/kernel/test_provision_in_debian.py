@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1800)]
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "reports", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 HOME = "/home/vagrant/testbed"
 # "$1" is the root, the rest is run in it; mounts end with the namespace
-ENTER = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && cp -L /etc/resolv.conf "$1/etc/resolv.conf" && exec chroot "$@"'
+ENTER = """
+mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && cp -L /etc/resolv.conf "$1/etc/resolv.conf" && exec chroot "$@"
+"""
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ FILES = ["/etc/modprobe.d/testbed.conf", "/etc/modules-load.d/testbed.conf", "/e
 ENTER = """
 mount -t tmpfs tmpfs "$1" && mkdir "$1/upper" "$1/work" "$1/root" &&
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root" &&
-mount --rbind /proc "$1/root/proc" && mount --rbind /dev "$1/root/dev" && mount --rbind "$1/shared" "$1/root/mnt" 2>/dev/null
+mount -t tmpfs tmpfs "$1/root/run" && mount --rbind /proc "$1/root/proc" && mount --rbind /dev "$1/root/dev" && mount --rbind "$1/shared" "$1/root/mnt" 2>/dev/null
 root="$1/root"; shift; exec chroot "$root" sh -c "$@"
 """
 
@@ -134,7 +134,7 @@ def test_provisioning_a_machine(tmp_path: Path) -> None:
     first, _, second = ended.err.partition("again\n")
     assert first.count("writes ") == len(FILES)
     assert "writes " not in second
-    assert "provision: not the running system: the modules come with its next boot\n" in first
+    assert "provision: this system is not booted (by systemd): the modules come when it is\n" in first
     assert "modprobe -a" not in ended.err
     assert (tmp_path / "calls").read_text() == "/mnt/home/me/testbed/dev setup\n" * 2
     assert (tmp_path / "home").stat().st_mode & 0o777 == 0o711
