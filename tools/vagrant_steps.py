@@ -21,7 +21,7 @@ from pathlib import Path
 WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
 PROGRESS_EVERY_S = 20.0
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL for a program that ran out of time
-_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class StepFailed(Exception):
