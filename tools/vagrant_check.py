@@ -35,7 +35,7 @@ from vagrant_box import (
     register_metadata,
 )
 from vagrant_enclosure import Enclosure, open_enclosure
-from vagrant_steps import StepFailed, Steps, fail, interrupt_on
+from vagrant_steps import StepFailed, Steps, interrupt_on
 
 PROJECT = Path(__file__).resolve().parent.parent
 PREFIX = "testbed-vagrant-check-"
@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     """Do it; return the exit status."""
     plan = _parse(argv)
     if problems := _missing():
-        return fail("; ".join(problems), 3)
+        print("; ".join(problems), file=sys.stderr)
+        return 3
     interrupt_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     plan.logs.mkdir(parents=True)
     # what is set here for other VMs is not what is checked
@@ -84,12 +85,14 @@ def main(argv: Sequence[str]) -> int:
             with open_enclosure(steps, scratch) as enclosure:
                 _vagrant(steps, plan, scratch, box, enclosure)
         status = 0
-    except StepFailed as error:
-        fail(f"vagrant-check: {error}", 1)
+    except (StepFailed, OSError, ValueError) as error:
+        steps.say(f"vagrant-check: {error}")
     except KeyboardInterrupt as interrupt:
-        status = fail(f"vagrant-check: interrupted ({interrupt})", 130)
+        steps.say(f"vagrant-check: interrupted ({interrupt})")
+        status = 130
     if left := sorted(host_traces() - before):
-        status = fail(f"vagrant-check: left behind: {', '.join(left)}", status or 1)
+        steps.say(f"vagrant-check: left behind: {', '.join(left)}")
+        status = status or 1
     else:
         steps.say("nothing is left behind: no process, link, chain, mount, pool, box or folder")
     for timing in steps.timings:

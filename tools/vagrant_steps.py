@@ -11,7 +11,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +64,7 @@ class Steps:
             self.say(f"{mark} {title:<68} {duration_s:6.0f} s")
 
     def run(
-        self, argv: Sequence[str | Path], *, limit_s: float, log: str, cwd: Path | None = None,
+        self, argv: Sequence[str | Path], *, limit_s: float, log: str,
         env: Mapping[str, str] | None = None, show: bool = False,
     ) -> str:  # fmt: skip
         """Run a program to its end and return what it printed, both streams together.
@@ -86,7 +85,7 @@ class Steps:
             start = out.tell()
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=cwd, env={**self.env, **(env or {})},
+                env={**self.env, **(env or {})},
             )  # fmt: skip
             try:
                 self._wait(process, words, limit_s, file, start)
@@ -153,9 +152,3 @@ def interrupt_on(*numbers: signal.Signals) -> None:
 
     for number in numbers:
         signal.signal(number, interrupt)
-
-
-def fail(text: str, status: int) -> int:
-    """Print what went wrong; return the status."""
-    print(text, file=sys.stderr, flush=True)
-    return status
