@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import pytest
+from nested import hand_over
+
+from testbed.kernel.pace import patient
 
 T = TypeVar("T")
 
@@ -22,11 +25,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs root, for network namespaces"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="long form: ./dev test --slow"))
+    hand_over(config, items)
 
 
 def eventually(check: Callable[[], T], *, within_s: float = 5.0) -> T:
     """Return the first true answer of ``check``; fail with the last answer when time is over."""
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + patient(within_s)
     while True:
         seen = check()
         if seen:

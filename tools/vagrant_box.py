@@ -118,7 +118,9 @@ def carry_site(root: Path, mirror: Mirror) -> None:
     """Give a Debian root what this machine needs to reach the package mirrors."""
     (root / "etc/apt/sources.list").write_text(mirror.sources())
     dump = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, text=True, timeout=60, check=False)
-    (root / "etc/apt/apt.conf.d/90site").write_text(apt_site_settings(dump.stdout))
+    # descriptions of packages in other languages would only take time
+    settings = apt_site_settings(dump.stdout) + 'Acquire::Languages "none";\n'
+    (root / "etc/apt/apt.conf.d/90site").write_text(settings)
     certificates = sorted(Path("/usr/local/share/ca-certificates").glob("**/*.crt"))
     target = root / "usr/local/share/ca-certificates"
     target.mkdir(parents=True, exist_ok=True)

@@ -270,15 +270,17 @@ def _vagrant(steps: Steps, plan: Plan, scratch: Path, box: Path, enclosure: Encl
             )
     with steps.step("vagrant ssh -c 'testbed --version'"):
         vagrant.ssh("cd testbed && sudo testbed --version", limit_s=300, log="version")
+    # where the processor is emulated, deadlines are longer
+    sudo = "sudo TESTBED_PATIENCE=10" if plan.driver == "qemu" else "sudo"
     with steps.step(f"./dev demo in {plan.mode} mode, on the VM's own kernel"):
         vagrant.ssh(
-            f"cd testbed && sudo ./dev demo --proxy-mode {plan.mode}", limit_s=SCENARIO_LIMIT_S, log="quickstart"
+            f"cd testbed && {sudo} ./dev demo --proxy-mode {plan.mode}", limit_s=SCENARIO_LIMIT_S, log="quickstart"
         )
     for name in ("delay", *plan.scenarios):
         with steps.step(f"scenarios/{name}"):
-            vagrant.ssh(f"cd testbed && sudo testbed run scenarios/{name}", limit_s=SCENARIO_LIMIT_S, log=name)
+            vagrant.ssh(f"cd testbed && {sudo} testbed run scenarios/{name}", limit_s=SCENARIO_LIMIT_S, log=name)
     with steps.step("a capture in the VM, read on the host, as docs/vagrant.md has it"):
-        vagrant.ssh("sudo testbed up capture", limit_s=300, log="capture")
+        vagrant.ssh(f"{sudo} testbed up capture", limit_s=300, log="capture")
         ping = "sudo testbed exec -l capture client -- ping -c 100 -i 0.5 192.168.93.11 >/dev/null"
         dump = "sudo testbed exec -l capture node1 -- tcpdump -i any -U -c 4 -w - icmp 2>/dev/null"
         argv = enclosure.command(["vagrant", "ssh", "--no-tty", "-c", f"{ping} & {dump}"], cwd=PROJECT)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
 from testbed.errors import ApiError, Cause, LabError
+from testbed.kernel.pace import patient
 from testbed.model.json_values import three_way_merge_patch
 from testbed.model.objects import BY_KEY, BY_KIND, Object, Resource
 
@@ -50,7 +51,7 @@ class ApiClient:
 
     def __init__(self, socket_path: str, timeout_s: float = 10) -> None:
         self._socket_path = socket_path
-        self._timeout_s = timeout_s
+        self._timeout_s = patient(timeout_s)
         self._local = threading.local()
         self._discovered: dict[tuple[str, str], Resource] = {}  # by apiVersion and kind
 

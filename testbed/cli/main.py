@@ -153,6 +153,8 @@ def up(
     used, look = f"mode {mode}, iptables-{backend}", "iptables-save -t nat"
     if mode == "nftables":
         used, look = f"mode {mode}", "nft list table ip kube-proxy"
+    elif mode == "ipvs":
+        look = "ipvsadm -Ln"
     click.echo(f"lab {name} is ready in {time.monotonic() - started:.1f} s: {nodes}; kube-proxy {used}")
     hints = {
         f'eval "$(testbed env {name})"; kubectl get pods -A': "objects, with your own kubectl",
@@ -353,6 +355,21 @@ def run(
     from testbed.cli.run import run_scenarios
 
     return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend, output, report_folder, keep)
+
+
+@cli.command(context_settings=_PASS_THROUGH)
+@click.option("--memory", metavar="SIZE", help="How much memory it has, like 512M or 2G (default: 2G).")
+@click.option("--timeout", metavar="TIME", help="End everything after so long, like 90s or 10m, with status 124.")
+@click.option(
+    "--share", "shares", metavar="DIR", multiple=True, type=click.Path(path_type=Path),
+    help="A folder that the command may change for real; may be given several times.",
+)  # fmt: skip
+@click.argument("command", metavar="-- COMMAND...", nargs=-1, type=click.UNPROCESSED)
+def vm(memory: str | None, timeout: str | None, shares: tuple[Path, ...], command: tuple[str, ...]) -> int:
+    """Run a command in a nested kernel that has IPVS (User-Mode Linux), on this machine's files, read-only."""
+    from testbed.cli.vm import run_in_vm
+
+    return run_in_vm(command, memory, timeout, shares)
 
 
 @cli.command()

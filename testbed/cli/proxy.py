@@ -12,8 +12,10 @@ from pathlib import Path
 import click
 
 from testbed.dataplane.iptables import make_settings, render_full
+from testbed.dataplane.ipvs import IpvsRenderer, make_ipvs_settings, render_document
 from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings, render_table
 from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
+from testbed.dataplane.trace_ipvs import IpvsTracer
 from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.errors import InputError, MissingFeature
 from testbed.kernel.addresses import list_local_addresses
@@ -51,10 +53,12 @@ def read_input(files: Sequence[Path], node: str, mode: str | None, config: Path 
 
 
 def render(given: ProxyInput) -> str:
-    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet."""
+    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet; of ipvs mode, all it makes."""
     if given.config.mode == "nftables":
         settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
         return render_table(given.state, settings)
+    if given.config.mode == "ipvs":
+        return render_document(given.state, make_ipvs_settings(given.config, given.node, given.addresses))
     return render_full(given.state, make_settings(given.config, given.node, given.addresses)).text
 
 
@@ -69,10 +73,10 @@ def sync(given: ProxyInput, backend: str) -> int:
     )  # fmt: skip
     for name, reason in report.refused.items():
         click.echo(f"error: service {name} ({name.protocol}) is left out: {reason}", err=True)
-    lines = len(report.payload.text.splitlines())
-    click.echo(
-        f"{given.config.mode}: {f'{lines} lines written' if lines else 'nothing to write: all is as it should be'}"
-    )
+    lines, changes = len(report.payload.text.splitlines()), getattr(report.payload, "changes", 0)
+    done = [f"{changes} objects changed"] if changes else []
+    done += [f"{lines} lines written"] if lines else []
+    click.echo(f"{given.config.mode}: {', '.join(done) or 'nothing to write: all is as it should be'}")
     return MissingFeature.exit_status if report.refused else 0
 
 
@@ -115,9 +119,13 @@ def find_fate(given: ProxyInput, packet: Packet) -> Fate:
     try:
         if given.config.mode == "nftables":
             settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
-            renderer = NftablesRenderer(settings)
-            renderer.full(given.state, None)
-            return trace_nftables(renderer.wanted(), packet, here)
+            table = NftablesRenderer(settings)
+            table.full(given.state, None)
+            return trace_nftables(table.wanted(), packet, here)
+        if given.config.mode == "ipvs":
+            renderer = IpvsRenderer(make_ipvs_settings(given.config, given.node, given.addresses))
+            renderer.update(given.state)
+            return IpvsTracer(renderer, here).trace(packet)
         return trace(parse_rules(render(given)), packet, here)
     except ValueError as error:
         raise InputError(f"cannot follow the packet: {error}") from error
@@ -152,7 +160,8 @@ def explain_text(given: ProxyInput, packet: Packet, fate: Fate) -> str:
         "",
     ]
     if fate.verdict is Verdict.ENDPOINT:
-        chance = f", one of {len(fate.endpoints)} by chance" if len(fate.endpoints) > 1 else ""
+        how = f"as scheduler {given.config.ipvs.scheduler} chooses" if given.config.mode == "ipvs" else "by chance"
+        chance = f", one of {len(fate.endpoints)} {how}" if len(fate.endpoints) > 1 else ""
         lines.append(f"fate    {paint(' or '.join(fate.endpoints))}{chance}")
         lines.append(f"source  {_seen_source(packet, fate)}")
     else:

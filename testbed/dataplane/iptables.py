@@ -188,7 +188,7 @@ def saved_form(line: str) -> str:
         elif word in ("-i", "-p"):
             first[word] = f"{negation}{word} {value}"
         elif word == "--comment":
-            text = value.strip('"')
+            text = value.strip('"').replace("'", "\\'")
             rest.append(f"{word} {text}" if _PLAIN.fullmatch(text) else f'{word} "{text}"')
         elif word == "--mark":
             rest.append(f"{negation}{word} " + "/".join(hex(int(part, 16)) for part in value.split("/")))
@@ -208,7 +208,7 @@ def saved_form(line: str) -> str:
         elif word in ("-m", "-j", "--dport", "--to-destination", "--ctstate", "--dst-type", "--src-type", "--mode"):
             rest.append(f"{negation}{word} {value}")
         else:
-            rest.append(word)
+            rest.append(f"{negation}{word}")
             taken = 1
         negation = ""
         index += taken

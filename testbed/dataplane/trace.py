@@ -15,7 +15,7 @@ Source: kubernetes pkg/proxy/iptables/proxier_test.go, iptablesTracer (v1.30).
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network
@@ -32,6 +32,7 @@ class Packet:
     port: int
     protocol: str = "tcp"
     interface: str = ""
+    is_bridged: bool = False  # came in by a port of a bridge, as a pod's packets do
 
 
 class Verdict(Enum):
@@ -67,7 +68,7 @@ def to_endpoints(*endpoints: str, masquerade: bool = False) -> Fate:
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class State:
     """One possible packet at one moment."""
 
     packet: Packet
@@ -77,6 +78,8 @@ class _State:
     mark: int = 0
     endpoint: str = ""
     masquerade: bool = False
+    #: The virtual server that IPVS has taken it to: protocol, address, port.
+    virtual: tuple[str, str, int] | None = None
 
 
 class _Maybe(Enum):
@@ -87,14 +90,18 @@ class _Maybe(Enum):
     PERHAPS = 2
 
 
-_Match = Callable[[_State, "Node"], _Maybe]
+_Match = Callable[[State, "Node"], _Maybe]
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """The node that the packet meets: its own addresses, loopback always among them."""
+    """The node that the packet meets: its own addresses, loopback always among them, and the members of its ipsets.
+
+    A member is the set's name and the text that ``ipset save`` prints.
+    """
 
     addresses: frozenset[IPv4Address]
+    members: Set[tuple[str, str]] = frozenset()
 
     @classmethod
     def of(cls, *addresses: str) -> Node:
@@ -162,6 +169,13 @@ def _parse_rule(line: str, words: list[str]) -> Rule:
             negated = True
             continue
         if word in _FLAGS:
+            if word == "--physdev-is-in":
+                matches.append(_bridged(negated))
+            negated = False
+            continue
+        if word == "--match-set":
+            matches.append(_in_set(queue.pop(0), queue.pop(0), negated))
+            negated = False
             continue
         if word in ("--rcheck", "--set"):
             if word == "--rcheck":
@@ -182,7 +196,7 @@ def _parse_rule(line: str, words: list[str]) -> Rule:
     return Rule(line, tuple(matches), target, argument)
 
 
-_FLAGS = frozenset({"--random-fully", "--reap", "--rsource", "--rdest"})
+_FLAGS = frozenset({"--physdev-is-in", "--random-fully", "--reap", "--rsource", "--rdest"})
 _IGNORED = frozenset({"-m", "--comment", "--mode", "--name", "--mask", "--seconds", "--reject-with", "-c"})
 _TARGET_OPTIONS = frozenset({"--to-destination", "--set-xmark", "--or-mark", "--xor-mark", "--set-mark"})
 
@@ -191,7 +205,7 @@ def _sure(holds: bool) -> _Maybe:
     return _Maybe.YES if holds else _Maybe.NO
 
 
-def _perhaps(state: _State, node: Node) -> _Maybe:
+def _perhaps(state: State, node: Node) -> _Maybe:
     return _Maybe.PERHAPS
 
 
@@ -214,7 +228,7 @@ def _port(value: str, negated: bool) -> _Match:
 
 
 def _interface(value: str, negated: bool) -> _Match:
-    def matches(state: _State, node: Node) -> _Maybe:
+    def matches(state: State, node: Node) -> _Maybe:
         name = state.packet.interface
         return _sure((name.startswith(value[:-1]) if value.endswith("+") else name == value) != negated)
 
@@ -236,7 +250,7 @@ def _source_type(value: str, negated: bool) -> _Match:
 def _connection(value: str, negated: bool) -> _Match:
     wanted = value.split(",")
 
-    def matches(state: _State, node: Node) -> _Maybe:
+    def matches(state: State, node: Node) -> _Maybe:
         return _sure(("NEW" in wanted or ("DNAT" in wanted and bool(state.endpoint))) != negated)
 
     return matches
@@ -246,6 +260,45 @@ def _mark(value: str, negated: bool) -> _Match:
     wanted, _, mask = value.partition("/")
     want, bits = int(wanted, 0), int(mask or "0xffffffff", 0)
     return lambda state, node: _sure((state.mark & bits == want) != negated)
+
+
+def _bridged(negated: bool) -> _Match:
+    """The packet came in by a port of a bridge: it does when it comes from a pod, which has a port on cni0."""
+    return lambda state, node: _sure(state.packet.is_bridged != negated)
+
+
+def _in_set(name: str, sides: str, negated: bool) -> _Match:
+    """A set has what these sides of the packet are; of ports there is one, the destination's."""
+
+    def matches(state: State, node: Node) -> _Maybe:
+        return _sure(any((name, entry) in node.members for entry in _entries(state, sides)) != negated)
+
+    return matches
+
+
+def _entries(state: State, sides: str) -> tuple[str, ...]:
+    """Return the member that the packet would be, as the types of set print it."""
+    first, _, rest = sides.partition(",")
+    address = str(state.source if first == "src" else state.destination)
+    if not rest:
+        return address, str(state.port)
+    where = f"{address},{state.packet.protocol}:{state.port}"
+    if "," not in rest:
+        return (where,)
+    last = state.source if rest.endswith("src") else state.destination
+    return f"{where},{last}", *(f"{where},{IPv4Network((last, n), strict=False)}" for n in range(1, 32))
+
+
+def _virtual(position: int) -> Callable[[str, bool], _Match]:
+    """The ipvs match: the packet has come by a virtual server, and this is its protocol (0), address (1) or port (2)."""
+
+    def factory(value: str, negated: bool) -> _Match:
+        def matches(state: State, node: Node) -> _Maybe:
+            return _sure((state.virtual is not None and str(state.virtual[position]) == value) != negated)
+
+        return matches
+
+    return factory
 
 
 def _chance(value: str, negated: bool) -> _Match:
@@ -263,12 +316,15 @@ _MATCHES: dict[str, Callable[[str, bool], _Match]] = {
     "--ctstate": _connection,
     "--mark": _mark,
     "--probability": _chance,
+    "--vproto": _virtual(0),
+    "--vaddr": _virtual(1),
+    "--vport": _virtual(2),
 }
 
 _FALL_THROUGH, _ACCEPTED, _DROPPED, _REJECTED = "", "ACCEPT", "DROP", "REJECT"
 
 
-class _Walker:
+class Walker:
     """Follows one packet through one ruleset and notes the rules it meets."""
 
     def __init__(self, rules: Ruleset, node: Node) -> None:
@@ -276,11 +332,11 @@ class _Walker:
         self._node = node
         self.met: dict[str, None] = {}
 
-    def hook(self, table: str, chain: str, state: _State) -> Iterator[tuple[str, _State]]:
+    def hook(self, table: str, chain: str, state: State) -> Iterator[tuple[str, State]]:
         """Yield each way out of a built-in chain: a verdict ('' is the chain's policy, to accept) and the packet then."""
         yield from self._chain(table, chain, 0, state)
 
-    def _chain(self, table: str, chain: str, start: int, state: _State) -> Iterator[tuple[str, _State]]:
+    def _chain(self, table: str, chain: str, start: int, state: State) -> Iterator[tuple[str, State]]:
         rules = self._rules.get(table, {}).get(chain, [])
         for index in range(start, len(rules)):
             rule = rules[index]
@@ -315,7 +371,7 @@ class _Walker:
                 return
         yield _FALL_THROUGH, state
 
-    def _match(self, rule: Rule, state: _State) -> _Maybe:
+    def _match(self, rule: Rule, state: State) -> _Maybe:
         answer = _Maybe.YES
         for match in rule.matches:
             one = match(state, self._node)
@@ -344,9 +400,9 @@ def trace(rules: Ruleset, packet: Packet, node: Node) -> Fate:
     Raises:
         ValueError: the ways out disagree in kind, for example one endpoint accepts and another way drops.
     """
-    walker = _Walker(rules, node)
+    walker = Walker(rules, node)
     source = IPv4Address(packet.source)
-    state = _State(packet, source, IPv4Address(packet.destination), packet.port)
+    state = State(packet, source, IPv4Address(packet.destination), packet.port)
     return fate_of(packet, set(_ends(walker, state, node)), walker.met)
 
 
@@ -363,7 +419,7 @@ def fate_of(packet: Packet, ends: Collection[tuple[Verdict, str, bool]], met: It
     return Fate(verdicts.pop(), endpoints, any(end[2] for end in ends), tuple(met))
 
 
-def _ends(walker: _Walker, state: _State, node: Node) -> Iterator[tuple[Verdict, str, bool]]:
+def _ends(walker: Walker, state: State, node: Node) -> Iterator[tuple[Verdict, str, bool]]:
     from_node = node.owns(state.source)
     for _, routed in walker.hook("nat", "OUTPUT" if from_node else "PREROUTING", state):
         to_node = node.owns(routed.destination)
@@ -372,7 +428,7 @@ def _ends(walker: _Walker, state: _State, node: Node) -> Iterator[tuple[Verdict,
 
 
 def _filtered(
-    walker: _Walker, hooks: Collection[str], state: _State, *, accepted: bool, leaves: bool
+    walker: Walker, hooks: Collection[str], state: State, *, accepted: bool, leaves: bool
 ) -> Iterator[tuple[Verdict, str, bool]]:
     if hooks:
         first, *rest = hooks

@@ -22,6 +22,9 @@ from testbed.kernel.runner import Runner
 LOCK_WAIT_S: Final = 5
 _LOCK_FILE: Final = "/run/xtables.lock"
 
+#: Exit status of iptables when the kernel refused (xtables.h); 1 is any other reason, a missing privilege among them.
+_RESOURCE_PROBLEM: Final = 4
+
 _CONTEXT_LINES: Final = 2
 _KUBELET_CHAINS: Final = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 
@@ -60,13 +63,21 @@ def detect_backend(runner: Runner, wanted: str = "") -> Backend:
 
 
 def default_backend(runner: Runner) -> Backend:
-    """Return the backend that plain ``iptables`` is on this machine.
+    """Return the backend that plain ``iptables`` is on this machine, or the other one where the kernel has no NAT for it.
 
     Raises:
         MissingFeature: it is not installed.
     """
-    version = runner.run(["iptables", "--version"])
-    return Backend.NFT if "nf_tables" in version else Backend.LEGACY
+    if "nf_tables" not in runner.run(["iptables", "--version"]):
+        return Backend.LEGACY
+    try:  # in a throw-away namespace; listing would succeed on a kernel that has nf_tables without NAT
+        runner.run(["unshare", "--net", "iptables-nft", "-t", "nat", "-N", "TESTBED-PROBE"])
+    except CommandError as error:
+        if error.status == _RESOURCE_PROBLEM:
+            return Backend.LEGACY
+    except MissingFeature:
+        pass  # util-linux: who needs it says so
+    return Backend.NFT
 
 
 def choose_iptables(backend: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
+from typing import Final
 
 from testbed.errors import KernelError, MissingFeature
+from testbed.kernel.pace import patient
 
 _BRIDGE_CALLS = Path("/proc/sys/net/bridge")
+_IPVS = Path("/proc/net/ip_vs")
 WITHOUT_NETEM = (
     "delay and loss need the kernel's netem (sch_netem), which this kernel does not have; "
     "try `modprobe sch_netem`, or run the lab on another kernel, or take delay and loss out of the topology"
@@ -22,7 +26,7 @@ def has_netem() -> bool:
     """
     done = subprocess.run(
         ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"],
-        capture_output=True, text=True, timeout=10, check=False,
+        capture_output=True, text=True, timeout=patient(10), check=False,
     )  # fmt: skip
     if done.returncode == 0:
         return True
@@ -36,6 +40,25 @@ def is_unknown_qdisc(message: str) -> bool:
     return "qdisc kind is unknown" in message
 
 
+def why_no_ipvs() -> str:
+    """Return '' when the kernel has IPVS, loading it if need be, or what is in the way."""
+    if _IPVS.exists():
+        return ""
+    said = _modprobe("ip_vs")
+    if _IPVS.exists():
+        return ""
+    return f"this kernel has no ip_vs: `modprobe ip_vs` said {said!r}"
+
+
+def _modprobe(name: str) -> str:
+    """Try to load a module; return what modprobe said."""
+    try:
+        done = subprocess.run(["modprobe", name], capture_output=True, text=True, timeout=patient(10), check=False)
+    except FileNotFoundError:
+        return "modprobe: not installed (apt-get install kmod)"
+    return done.stderr.strip() or "nothing"
+
+
 def ensure_bridge_netfilter() -> None:
     """Have br_netfilter in the kernel, without a change for the host's own bridges.
 
@@ -47,12 +70,31 @@ def ensure_bridge_netfilter() -> None:
     """
     if _BRIDGE_CALLS.is_dir():
         return
-    done = subprocess.run(["modprobe", "br_netfilter"], capture_output=True, text=True, timeout=10, check=False)
+    said = _modprobe("br_netfilter")
     if not _BRIDGE_CALLS.is_dir():
         raise MissingFeature(
             "the kernel lacks br_netfilter, without which a reply between two pods of one node is not translated back: "
-            f"`modprobe br_netfilter` said {done.stderr.strip() or 'nothing'!r}; install your kernel's full module package "
+            f"`modprobe br_netfilter` said {said!r}; install your kernel's full module package "
             "(Ubuntu: linux-modules-extra-$(uname -r))"
         )
     for name in ("iptables", "ip6tables", "arptables"):
         (_BRIDGE_CALLS / f"bridge-nf-call-{name}").write_text("0")
+
+
+#: What ipvs mode uses beside the scheduler. The kernel loads most of them when they are first asked for, where it can.
+_IPVS_MODULES: Final = (
+    "ip_vs", "nf_conntrack", "dummy", "xt_set", "xt_ipvs", "xt_comment", "xt_mark", "xt_addrtype", "xt_physdev",
+    "xt_conntrack", "xt_MASQUERADE", "ipt_REJECT", "ip_set_hash_ip", "ip_set_hash_ipport", "ip_set_hash_ipportip",
+    "ip_set_hash_ipportnet", "ip_set_bitmap_port",
+)  # fmt: skip
+
+
+def load_ipvs(scheduler: str) -> None:
+    """Try to have in the kernel what ipvs mode uses. What is missing shows when it is used: it may be built in."""
+    wanted = [*_IPVS_MODULES, f"ip_vs_{scheduler}"]
+    missing = [name for name in wanted if not (Path("/sys/module") / name).exists()]
+    if missing:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(
+                ["modprobe", "-a", "-q", "--", *missing], capture_output=True, timeout=patient(30), check=False
+            )

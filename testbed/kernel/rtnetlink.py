@@ -3,8 +3,7 @@
 A pod's network is nine requests. pyroute2 spends 21 to 24 ms on them (most of it encoding in Python), stock Mininet 33;
 packed by hand and sent as two batches they take under 2 (docs/adr/0002-raw-rtnetlink.md).
 
-Message functions are pure and return a `Request`; `RtnetlinkSocket.send` hands a batch to the kernel. The kernel carries
-out every request of a batch even when one fails, so callers order them by dependency and remove what they made on error.
+Message functions are pure and return a `Request`; `RtnetlinkSocket.send` hands a batch to the kernel.
 
 Sources: linux/rtnetlink.h, linux/if_link.h, linux/neighbour.h, rtnetlink(7).
 """
@@ -12,20 +11,16 @@ Sources: linux/rtnetlink.h, linux/if_link.h, linux/neighbour.h, rtnetlink(7).
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
-from types import TracebackType
 
-from testbed.errors import KernelError
+from testbed.kernel.netlink import NetlinkSocket, Request, attributes
 
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 0x100, 0x200, 0x400
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_RTM_NEWLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 18, 19
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
+_RTM_DELADDR, _RTM_GETADDR = 21, 22
 _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 20, 24, 28, 29
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_PROTINFO = 1, 3, 4, 10, 12
 _IFLA_LINKINFO, _IFLA_NET_NS_FD = 18, 28
@@ -38,22 +33,9 @@ _NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_PERMANENT = 0x80
 _NLA_F_NESTED = 0x8000
 _IFF_UP = 1
-_SOL_NETLINK, _NETLINK_EXT_ACK, _NETLINK_CAP_ACK = 270, 11, 10
-_NLM_F_CAPPED, _NLM_F_ACK_TLVS, _NLMSGERR_ATTR_MSG = 0x100, 0x200, 1
 
 LOOPBACK_INDEX = 1
 """The index of lo in every network namespace."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One netlink message without its header, and the words for an error message about it."""
-
-    kind: int
-    flags: int
-    body: bytes
-    what: str
-    ignore: frozenset[int] = frozenset()  # errno values that mean "already so"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +146,38 @@ def add_address(index: int, address: IPv4Interface) -> Request:
     return Request(_RTM_NEWADDR, _NLM_F_CREATE | _NLM_F_EXCL, body, f"add address {address} to link {index}")
 
 
+def add_bound_address(index: int, address: str) -> Request:
+    """Give a link one address without a network around it, unless it has it; the text is IPv4."""
+    packed = socket.inet_aton(address)
+    body = struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, index)
+    body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
+    return Request(
+        _RTM_NEWADDR, _NLM_F_CREATE | _NLM_F_EXCL, body, f"bind address {address}", frozenset({errno.EEXIST})
+    )
+
+
+def delete_address(index: int, address: str) -> Request:
+    """Take a /32 address from a link; succeeds when it is gone already."""
+    body = struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, index) + _attribute(_IFA_LOCAL, socket.inet_aton(address))
+    gone = frozenset({errno.EADDRNOTAVAIL, errno.ENODEV})
+    return Request(_RTM_DELADDR, 0, body, f"unbind address {address}", gone)
+
+
+def add_link(name: str, kind: str) -> Request:
+    """Make a link that needs no options, and leave it down; succeeds when there is one of that name."""
+    body = _ifinfo() + _text(_IFLA_IFNAME, name) + _nested(_IFLA_LINKINFO, _text(_IFLA_INFO_KIND, kind))
+    return Request(
+        _RTM_NEWLINK, _NLM_F_CREATE | _NLM_F_EXCL, body, f"add {kind} link {name}", frozenset({errno.EEXIST})
+    )
+
+
+def delete_link(name: str) -> Request:
+    """Remove a link with all its addresses; succeeds when it is gone already."""
+    return Request(
+        _RTM_DELLINK, 0, _ifinfo() + _text(_IFLA_IFNAME, name), f"delete link {name}", frozenset({errno.ENODEV})
+    )
+
+
 def _route(destination: IPv4Network, gateway: IPv4Address | None, index: int) -> bytes:
     scope = 0 if gateway else 253  # universe, or link
     # family, prefix lengths, tos, table main, protocol static, scope, type unicast, flags
@@ -192,99 +206,33 @@ def delete_neighbour(index: int, address: IPv4Address) -> Request:
     return Request(_RTM_DELNEIGH, 0, body, f"delete neighbour {address}", frozenset({errno.ENOENT, errno.ENODEV}))
 
 
-class RtnetlinkSocket:
-    """A netlink socket that works on the namespace it was opened in, wherever the process has moved since."""
+class RtnetlinkSocket(NetlinkSocket):
+    """Links and addresses of the namespace that it was opened in."""
 
     def __init__(self, where: str) -> None:
         """``where`` names the namespace in error messages."""
-        self.where = where
-        self._sequence = 0
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._socket.bind((0, 0))
-        for option in (_NETLINK_EXT_ACK, _NETLINK_CAP_ACK):
-            self._socket.setsockopt(_SOL_NETLINK, option, 1)
-
-    def close(self) -> None:
-        self._socket.close()
+        super().__init__(where)
 
     def __enter__(self) -> RtnetlinkSocket:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def send(self, requests: Sequence[Request]) -> None:
-        """Have every request carried out, in order.
-
-        Raises:
-            KernelError: the first one that was refused, with the kernel's reason. Later ones were tried all the same.
-        """
-        first = self._sequence + 1
-        packet = bytearray()
-        for request in requests:
-            self._sequence += 1
-            flags = request.flags | _NLM_F_REQUEST | _NLM_F_ACK
-            packet += struct.pack("=IHHII", 16 + len(request.body), request.kind, flags, self._sequence, 0)
-            packet += request.body + b"\0" * (-len(request.body) % 4)
-        self._socket.sendto(packet, (0, 0))
-        refused: KernelError | None = None
-        waiting = len(requests)
-        while waiting:
-            for kind, flags, sequence, body in self._receive():
-                if kind != _NLMSG_ERROR or not first <= sequence < first + len(requests):
-                    continue
-                waiting -= 1
-                request = requests[sequence - first]
-                number = -struct.unpack_from("=i", body)[0]
-                if number and number not in request.ignore and refused is None:
-                    reason = _reason(body, flags) or os.strerror(number)
-                    refused = KernelError(
-                        f"{self.where}: could not {request.what}: {reason} ({errno.errorcode.get(number)})"
-                    )
-        if refused:
-            raise refused
-
     def list_links(self) -> list[LinkState]:
-        self._sequence += 1
-        header = struct.pack("=IHHII", 32, _RTM_GETLINK, _NLM_F_REQUEST | _NLM_F_DUMP, self._sequence, 0)
-        self._socket.sendto(header + _ifinfo(), (0, 0))
         found: list[LinkState] = []
-        while True:
-            for kind, _flags, sequence, body in self._receive():
-                if sequence != self._sequence:
-                    continue
-                if kind in (_NLMSG_DONE, _NLMSG_ERROR):
-                    return found
-                index, flags = struct.unpack_from("=iI", body, 4)
-                values = dict(_attributes(body[16:]))
-                name = values[_IFLA_IFNAME].rstrip(b"\0").decode()
-                master = struct.unpack("=I", values[_IFLA_MASTER])[0] if _IFLA_MASTER in values else 0
-                found.append(LinkState(index, name, bool(flags & _IFF_UP), master))
+        for body in self.dump(_RTM_GETLINK, _ifinfo(), "list links"):
+            index, flags = struct.unpack_from("=iI", body, 4)
+            values = dict(attributes(body[16:]))
+            name = values[_IFLA_IFNAME].rstrip(b"\0").decode()
+            master = struct.unpack("=I", values[_IFLA_MASTER])[0] if _IFLA_MASTER in values else 0
+            found.append(LinkState(index, name, bool(flags & _IFF_UP), master))
+        return found
 
-    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        packet = self._socket.recv(1 << 18)
-        offset = 0
-        while offset < len(packet):
-            length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", packet, offset)
-            yield kind, flags, sequence, packet[offset + 16 : offset + length]
-            offset += (length + 3) & ~3
-
-
-def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 4 <= len(body):
-        length, kind = struct.unpack_from("=HH", body, offset)
-        yield kind & 0x3FFF, body[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
-
-
-def _reason(body: bytes, flags: int) -> str:
-    """Return the extended acknowledgement's text, if the kernel gave one (netlink NLMSGERR_ATTR_MSG)."""
-    if not flags & _NLM_F_ACK_TLVS:
-        return ""
-    start = 20  # error number and the header of the request; its body is left out (NETLINK_CAP_ACK)
-    if not flags & _NLM_F_CAPPED:
-        start = 4 + ((struct.unpack_from("=I", body, 4)[0] + 3) & ~3)
-    return dict(_attributes(body[start:])).get(_NLMSGERR_ATTR_MSG, b"").rstrip(b"\0").decode()
+    def list_addresses(self) -> list[tuple[int, str]]:
+        """Return the index of a link and an IPv4 address that it has, for every address, whether the link is up or not."""
+        found: list[tuple[int, str]] = []
+        for body in self.dump(_RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0), "list addresses"):
+            (index,) = struct.unpack_from("=I", body, 4)
+            values = dict(attributes(body[8:]))
+            packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS)
+            if packed:
+                found.append((index, socket.inet_ntoa(packed)))
+        return found

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from testbed.errors import CommandError, MissingFeature
+from testbed.kernel.pace import patient
 
 #: Debian and Ubuntu package of each program, for the message when it is missing.
 PACKAGES: Mapping[str, str] = {
@@ -48,6 +49,7 @@ class SubprocessRunner:
 
     def run(self, argv: Sequence[str], *, stdin: str = "", timeout_s: float = 60) -> str:
         whole = [*self._prefix, *argv]
+        timeout_s = patient(timeout_s)
         try:
             done = subprocess.run(
                 whole, input=stdin, capture_output=True, text=True, env=self._env, timeout=timeout_s, check=False

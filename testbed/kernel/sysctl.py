@@ -71,3 +71,12 @@ def apply_sysctls(values: Mapping[str, str], where: str) -> None:
             raise KernelError(
                 f"{where}: could not set {name.replace('/', '.')} to {value!r}: {error.strerror}"
             ) from error
+
+
+def read_sysctl(name: str) -> str:
+    """Return a setting of the namespace this process is in, '' when there is none of that name."""
+    try:
+        with open(f"/proc/sys/{name}") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -12,6 +12,7 @@ from ipaddress import IPv4Address
 from typing import Any, Protocol
 
 from testbed.errors import InputError, KernelError
+from testbed.kernel.pace import patient
 from testbed.kubelet.logs import ContainerLog
 from testbed.kubelet.prober import probe
 from testbed.kubelet.probes import ProbeState, timing_of
@@ -237,7 +238,7 @@ class ContainerRunner:
         pod = self._pod
         healthy, words = await probe(
             pod.runtime, definition, self.definition, container_id, node=pod.node, address=pod.address,
-            timeout_s=timeout_s,
+            timeout_s=patient(timeout_s),
         )  # fmt: skip
         if not healthy and tell and not self._stopping:
             pod.say("Warning", "Unhealthy", f"{kind} probe failed: {words}", self.name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ipaddress import IPv4Address
 
 from testbed.errors import LabError
+from testbed.kernel.pace import patient
 from testbed.kubelet.runtime import Runtime
 from testbed.lab.cluster_dns import DNS_LABELS
 from testbed.model.objects import Object, labels_of, matches_labels
@@ -62,10 +63,10 @@ def _condition(pod: Object, kind: str) -> str:
 
 
 async def _until_reached(runtime: Runtime, node: str, address: IPv4Address) -> None:
-    deadline = asyncio.get_running_loop().time() + _TRY_FOR_S
+    deadline = asyncio.get_running_loop().time() + patient(_TRY_FOR_S)
     while True:
         try:
-            (await runtime.connect(node, address, _PORT, timeout_s=_CONNECT_WITHIN_S)).close()
+            (await runtime.connect(node, address, _PORT, timeout_s=patient(_CONNECT_WITHIN_S))).close()
             return
         except OSError as error:  # its rules are not there yet
             if asyncio.get_running_loop().time() > deadline:

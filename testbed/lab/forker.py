@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from testbed.errors import LabError
 from testbed.kernel import linux
+from testbed.kernel.pace import patient
 from testbed.kernel.rootfs import mount_proc
 from testbed.programs import echo
 
@@ -47,7 +48,7 @@ class Forker:
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
         self._connection = connection
-        self._connection.settimeout(_ANSWER_WITHIN_S)
+        self._connection.settimeout(patient(_ANSWER_WITHIN_S))
         self._pid = pid
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
 from testbed.kernel.iptables import default_backend, detect_backend
 from testbed.kernel.modules import ensure_bridge_netfilter
+from testbed.kernel.pace import patient
 from testbed.kernel.runner import SubprocessRunner
 from testbed.lab.folder import LabFolder, LabRecord, claim_folder, describe_oserror, find_record, list_records
 from testbed.lab.handle import Lab, end_of_log
@@ -31,7 +32,7 @@ from testbed.lab.request import LabRequest
 from testbed.model.topology import Topology
 
 READY_WITHIN_S = 60.0
-"""A lab takes a second or two; a loaded machine or a nested kernel some more."""
+"""A lab takes a second or two; a loaded machine some more."""
 
 _TOOLS = {
     "tini": "tini",
@@ -218,13 +219,14 @@ def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -
 
 
 def _wait_until_ready(folder: LabFolder, progress: int, log: int, on_progress: Callable[[str], None]) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
+    within_s = patient(READY_WITHIN_S)
+    deadline = time.monotonic() + within_s
     pending = b""
     phase = "isolation"
     while True:
         if not select.select([progress], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise LabError(
-                f"lab {folder.name!r} was not ready within {READY_WITHIN_S:g} s; the last phase reached was {phase!r}"
+                f"lab {folder.name!r} was not ready within {within_s:g} s; the last phase reached was {phase!r}"
                 f"{end_of_log(log)}"
             )
         data = os.read(progress, 65536)

@@ -123,6 +123,8 @@ class KubeProxyConfig:
         return self.nftables if self.mode == "nftables" else self.iptables
 
 
+#: The kernel's names are at most 15 characters long (linux/ip_vs.h, IP_VS_SCHEDNAME_MAXLEN).
+_SCHEDULER = re.compile(r"[a-z0-9_-]{1,15}")
 _UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|us|µs|ns|m|s)")
 
@@ -326,8 +328,12 @@ def _ipvs_options(reader: _Reader) -> IpvsOptions:
             excluded.append(network)
         elif ":" not in cidr:
             reader.complain("excludeCIDRs", cidr, "must be a valid CIDR")
+    scheduler = reader.text("scheduler") or "rr"
+    if not _SCHEDULER.fullmatch(scheduler):
+        reader.complain("scheduler", scheduler, "must be the name of an IPVS scheduler, such as rr")
+        scheduler = "rr"
     options = IpvsOptions(
-        scheduler=reader.text("scheduler") or "rr",
+        scheduler=scheduler,
         strict_arp=reader.flag("strictARP"),
         exclude_cidrs=tuple(excluded),
         sync_period_s=reader.seconds("syncPeriod", 30.0),

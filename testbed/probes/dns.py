@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address
 
+from testbed.kernel.pace import patient
 from testbed.kernel.processes import Completed
 
 PATIENCE_S = 2
@@ -31,7 +32,7 @@ def dig_argv(name: str, record_type: str, server: IPv4Address | None) -> list[st
     with contextlib.suppress(AddressValueError):
         name = IPv4Address(name).reverse_pointer + "."
     where = [f"@{server}"] if server is not None else []
-    options = ["+search", "+tries=2", f"+time={PATIENCE_S}", "+noall", "+comments", "+answer"]
+    options = ["+search", "+tries=2", f"+time={patient(PATIENCE_S):.0f}", "+noall", "+comments", "+answer"]
     return ["dig", *where, *options, "-t", record_type, "-q", name]
 
 

@@ -65,6 +65,7 @@ _BURST: Final = 2
 _FAILURES: Final = {
     "iptables": "sync_proxy_rules_iptables_restore_failures_total",
     "nftables": "sync_proxy_rules_nftables_sync_failures_total",
+    "ipvs": "sync_proxy_rules_iptables_restore_failures_total",
 }
 _BACK_OFF_FIRST_S: Final = 0.05
 _BACK_OFF_LAST_S: Final = 5.0
@@ -328,6 +329,7 @@ class ProxyLoop:
         self._not_before_s = 0.0  # after a failure
         self._last_sync_s = 0.0
         self._next_check_s = 0.0
+        self._tend_s = 0.0
         self._period_s = config.sync_period_s
         self._state = ProxyState(services={}, endpoints={})
         self._pending: frozenset[Any] = frozenset()
@@ -404,6 +406,7 @@ class ProxyLoop:
             due.append(max(self._pace.wait_s(now_s), self._not_before_s - now_s, 0.0))
         if self.has_synced:
             due.append(max(0.0, self._next_check_s - now_s))
+            due.append(max(0.0, self._tend_s - now_s))
         return min(due)
 
     def step(self, now_s: float) -> None:
@@ -418,6 +421,17 @@ class ProxyLoop:
         if (self._wanted or overdue) and now_s >= self._not_before_s and self._pace.wait_s(now_s) <= 0:
             self._pace.take(now_s)
             self._sync(now_s)
+            self._tend_s = now_s
+        if self.has_synced and now_s >= self._tend_s:
+            self._tend(now_s)
+
+    def _tend(self, now_s: float) -> None:
+        """Have the proxier do what time alone makes due."""
+        try:
+            self._tend_s = now_s + min(self._proxier.tend(), FULL_SYNC_INTERVAL_S)
+        except KernelError as error:
+            self._tend_s = now_s + self._period_s
+            self._log(f"looking after the rules failed: {error}")
 
     def _check(self, now_s: float) -> None:
         """Look whether our rules are still there; if not, have all of them written again."""
@@ -756,6 +770,8 @@ def main(args: Mapping[str, Any]) -> int:
         clean_up_other_modes(config, runner, backend)
     except TestbedError as error:
         log(str(error))
+        if isinstance(error, KernelError):
+            _tell_why_not(node, str(args.get("api_socket") or ""), f"kube-proxy cannot run: {error}", log)
         return error.exit_status
     prepare_node(config, node, log)
     if args.get("init_only"):
@@ -764,6 +780,21 @@ def main(args: Mapping[str, Any]) -> int:
         config = replace(config, conntrack=replace(config.conntrack, tcp_be_liberal=True))
     _run_on_node(config, node, proxier, args, messages, log)
     return 0
+
+
+def _tell_why_not(node: str, api_socket: str, message: str, log: Callable[[str], None]) -> None:
+    """Write an event about the node: a pod's log is not where its owner looks first."""
+    from testbed.api.client import ApiClient
+
+    if not node or not os.path.exists(api_socket):
+        return
+    api = ApiClient(api_socket)
+    try:
+        about: Object = {"apiVersion": "v1", "kind": "Node", **api.get(NODES, "", node)}
+    except (TestbedError, OSError) as error:
+        log(f"an event about it is lost: {error}")
+        return
+    Events(api, node, log).write(about, "Warning", "FailedToStartProxy", message)
 
 
 def _run_on_node(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -169,6 +170,9 @@ class IptablesProxier:
             else:  # the tool does not say which line it was
                 groups += [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
         return refused
+
+    def tend(self) -> float:
+        return math.inf  # nothing here ends by itself
 
     def find_damage(self) -> str:
         """Return in a few words what of the last sync is no longer in the kernel, or ''."""

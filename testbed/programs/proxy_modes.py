@@ -8,18 +8,21 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Protocol
 
 from testbed.dataplane import nft_names
+from testbed.dataplane.ipvs_rules import DEVICE, parse_installed_rules, render_rules_cleanup
 from testbed.dataplane.state import ProxyState
-from testbed.errors import MissingFeature
+from testbed.errors import MissingFeature, TestbedError
+from testbed.kernel.addresses import link_index
 from testbed.kernel.iptables import Iptables, detect_backend
+from testbed.kernel.modules import load_ipvs
 from testbed.kernel.nft_netlink import send
-from testbed.kernel.nftables import SKIP_VERSION, Nftables, check_kernel, read_generation
+from testbed.kernel.nftables import SKIP_VERSION, Nftables, check_kernel, kernel_version, read_generation
 from testbed.kernel.runner import Runner
 from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import NodeView
 from testbed.programs.proxy_iptables import IptablesProxier, clean_up
 from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_tables
 
-MODES = ("iptables", "nftables")
+MODES = ("iptables", "nftables", "ipvs")
 
 
 class Proxier(Protocol):
@@ -39,6 +42,10 @@ class Proxier(Protocol):
 
     def find_damage(self) -> str: ...
 
+    def tend(self) -> float:
+        """Do what time alone makes due; return in how many seconds to be asked again."""
+        ...
+
 
 def make_proxier(
     config: KubeProxyConfig, runner: Runner, backend: str = "", *, lock_file: str = "", own_namespace: bool = True
@@ -56,8 +63,9 @@ def make_proxier(
         MissingFeature: this mode's tools are not installed, or the mode is not there.
         KernelError: the kernel does not have what the mode needs.
     """
+    lock = {"lock_file": lock_file} if lock_file else {}
     if config.mode == "iptables":
-        tools = Iptables(runner, detect_backend(runner, backend), **({"lock_file": lock_file} if lock_file else {}))
+        tools = Iptables(runner, detect_backend(runner, backend), **lock)
         return IptablesProxier(tools, clean_every_s=config.sync_period_s)
     if config.mode == "nftables":
         release = os.uname().release
@@ -65,20 +73,37 @@ def make_proxier(
         direct: dict[str, Any] = {"generation": read_generation, "send": send} if own_namespace else {}
         table = Nftables(runner, nft_names.FAMILY, nft_names.TABLE, **direct)
         return NftablesProxier(table, deletes_at_once=deletes_at_once(release))
+    if config.mode == "ipvs":
+        return _make_ipvs(config, runner, Iptables(runner, detect_backend(runner, backend), **lock))
     raise MissingFeature(f"kube-proxy mode {config.mode!r} is not available here; use {' or '.join(MODES)}")
+
+
+def _make_ipvs(config: KubeProxyConfig, runner: Runner, iptables: Iptables) -> Proxier:
+    # pyroute2 is heavy: only those who need it load it
+    from testbed.kernel.ipvs_node import IpvsNode
+    from testbed.programs.proxy_ipvs import IpvsProxier
+
+    try:
+        load_ipvs(config.ipvs.scheduler)
+        node = IpvsNode(runner, config.hostname_override or "this node")
+        node.probe(config.ipvs.scheduler)
+    except TestbedError as error:
+        raise MissingFeature(f"can't use the IPVS proxier: {error}") from error
+    return IpvsProxier(node, iptables, config.ipvs, kernel=kernel_version(os.uname().release))
 
 
 def clean_up_other_modes(config: KubeProxyConfig, runner: Runner, backend: str = "") -> None:
     """Remove what another mode left that is certainly not in use.
 
-    nftables mode removes what iptables mode wrote, the others the nftables tables. iptables and ipvs share chains, and
-    leave each other's.
+    nftables mode removes what the iptables and ipvs modes wrote, these the nftables tables. iptables and ipvs share chains,
+    and leave each other's: ``kube-proxy --cleanup`` in between removes them.
 
     Raises:
         KernelError: a tool refused.
     """
     if config.mode == "nftables":
         _clean_up_iptables(runner, backend)
+        _clean_up_ipvs(runner)
     else:
         remove_tables(runner)
 
@@ -90,6 +115,7 @@ def clean_up_all(runner: Runner, backend: str = "") -> None:
         KernelError: a tool refused.
     """
     _clean_up_iptables(runner, backend)
+    _clean_up_ipvs(runner)
     remove_tables(runner)
 
 
@@ -98,5 +124,14 @@ def _clean_up_iptables(runner: Runner, backend: str) -> None:
         iptables = Iptables(runner, detect_backend(runner, backend))
         if "KUBE-" in iptables.save():
             clean_up(iptables)
+            iptables.apply(render_rules_cleanup(parse_installed_rules(iptables.save())))
     except MissingFeature:
         return  # then nobody wrote anything with it
+
+
+def _clean_up_ipvs(runner: Runner) -> None:
+    """Remove IPVS's objects, if ipvs mode has left its link here; rules that look into the sets are gone by now."""
+    if link_index(DEVICE):
+        from testbed.kernel.ipvs_node import clean_up_ipvs
+
+        clean_up_ipvs(runner, "this node")

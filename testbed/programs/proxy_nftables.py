@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -173,6 +174,9 @@ class NftablesProxier:
         payload = NftablesPayload(transaction.text, len(transaction), self._renderer.no_local_endpoints)
         return NftablesSyncReport(full, payload, refused)
 
+    def tend(self) -> float:
+        return math.inf  # nothing here ends by itself
+
     def find_damage(self) -> str:
         """Return in a few words what of the last sync is no longer in the kernel, or ''.
 
@@ -205,11 +209,12 @@ def remove_tables(runner: Runner) -> None:
     Raises:
         KernelError: nft refused.
     """
-    tables = [(family, nft_names.TABLE) for family in ("ip", "ip6")]
-    # Adding what may be there already makes the deletion succeed either way.
-    text = "".join(f"{verb} table {family} {name}\n" for family, name in tables for verb in ("add", "delete"))
+    ours = {f"table {family} {nft_names.TABLE}" for family in ("ip", "ip6")}
     with contextlib.suppress(MissingFeature):
-        runner.run(["nft", "-f", "-"], stdin=text)
+        # Not `add` and `delete` of both, which needs no look: a kernel can have nf_tables without these families.
+        there = ours.intersection(runner.run(["nft", "list", "tables"]).splitlines())
+        if there:
+            runner.run(["nft", "-f", "-"], stdin="".join(f"delete {table}\n" for table in sorted(there)))
 
 
 def deletes_at_once(release: str) -> bool:

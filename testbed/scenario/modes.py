@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 
 from testbed.errors import InputError, MissingFeature
-from testbed.kernel.modules import WITHOUT_NETEM, has_netem
+from testbed.kernel.modules import WITHOUT_NETEM, has_netem, why_no_ipvs
 from testbed.model.topology import PROXY_MODES, Topology
 
-IMPLEMENTED = ("iptables", "nftables")
+IMPLEMENTED = ("iptables", "nftables", "ipvs")
 
 
 def check_mode(mode: str) -> str:
@@ -32,6 +32,10 @@ def why_not(mode: str) -> str:
         return f"proxy mode {mode!r} is not built yet: this version programs {' and '.join(IMPLEMENTED)}"
     if mode == "nftables" and shutil.which("nft") is None:
         return "proxy mode 'nftables' needs nft, which is not installed (apt-get install nftables)"
+    if mode == "ipvs" and shutil.which("ipset") is None:
+        return "proxy mode 'ipvs' needs ipset, which is not installed (apt-get install ipset ipvsadm)"
+    if mode == "ipvs" and (reason := why_no_ipvs()):
+        return f"proxy mode 'ipvs': {reason}; `testbed vm -- testbed …` runs it in a kernel that has it"
     return ""
 
 

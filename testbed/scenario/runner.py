@@ -13,6 +13,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
+from testbed.kernel.pace import patient
 from testbed.kernel.processes import Completed
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
@@ -140,7 +141,7 @@ class _Runner:
     def run(self, number: int, step: Step) -> StepResult:
         """Try a step until it passes or its time is over."""
         began = self._clock()
-        within_s = _within_s(step)
+        within_s = patient(_within_s(step))
         attempts = 0
         while True:
             attempts += 1
@@ -270,26 +271,29 @@ class _Runner:
 
     def _exec(self, step: ExecStep) -> Attempt:
         where = self._place(step.where)
-        done = self._lab.run(where, step.argv, timeout_s=max(_PROGRAM_TIMEOUT_S, step.within_s))
+        done = self._lab.run(where, step.argv, timeout_s=patient(max(_PROGRAM_TIMEOUT_S, step.within_s)))
         return _program_attempt(step, step.argv, done, f" in {where}")
 
     def _kubectl(self, step: KubectlStep) -> Attempt:
         argv = [find_kubectl(), f"--kubeconfig={self._lab.kubeconfig}", *step.argv]
         try:  # in the scenario's folder, so that `apply -f FILE` finds its files
             ran = subprocess.run(
-                argv, capture_output=True, timeout=_PROGRAM_TIMEOUT_S, check=False, cwd=Path(step.file).parent
+                argv, capture_output=True, timeout=patient(_PROGRAM_TIMEOUT_S), check=False, cwd=Path(step.file).parent
             )
         except subprocess.TimeoutExpired as error:
-            raise ExpectationFailed(f"did not end within {_PROGRAM_TIMEOUT_S:g} s") from error
+            raise ExpectationFailed(f"did not end within {patient(_PROGRAM_TIMEOUT_S):g} s") from error
         return _program_attempt(step, ["kubectl", *step.argv], Completed(ran.returncode, ran.stdout, ran.stderr), "")
 
     def _expect(self, step: ExpectStep) -> Attempt:
         where = self._place(step.where)
         pods = self._pods(step.answered_by.pods) if step.answered_by else []
         client = self._client_address(step.sees_client) if step.sees_client is not None else ""
-        timeout_s = step.times * (step.request.patience_s + 1) + 30
+        # silence is not waited for any longer: it would last as long in each of the requests
+        patience_s = step.request.patience_s if step.timeout else patient(step.request.patience_s)
+        request = replace(step.request, patience_s=patience_s)
+        timeout_s = patient(step.times * (patience_s + 1) + 30)
         connect_only = is_connection_only(step)
-        observations = self._lab.call(where, ask, step.request, step.times, connect_only, timeout_s=timeout_s)
+        observations = self._lab.call(where, ask, request, step.times, connect_only, timeout_s=timeout_s)
         ready = [pod_name(pod) for pod in pods if is_ready(pod)]
         verdict = judge(step, observations, pods=ready, mode=self._mode, client=client)
         return Attempt(
@@ -311,7 +315,7 @@ class _Runner:
         selectors = [answer for answer in step.answers or () if not isinstance(answer, str)]
         pods = [pod for selector in selectors for pod in self._pods(selector) if is_ready(pod)]
         argv = dig_argv(step.name, step.record_type, server)
-        resolution = read_dig(self._lab.run(where, argv, timeout_s=_PROGRAM_TIMEOUT_S))
+        resolution = read_dig(self._lab.run(where, argv, timeout_s=patient(_PROGRAM_TIMEOUT_S)))
         verdict = judge_resolution(step, resolution, [pod["status"]["podIP"] for pod in pods])
         return Attempt(
             passed=verdict.passed, wanted=verdict.wanted, seen=verdict.seen, where=f"`{shlex.join(argv)}` in {where}"

@@ -9,7 +9,8 @@ from typing import Any
 
 from testbed.errors import KernelError, MissingFeature
 from testbed.kernel.modules import WITHOUT_NETEM, is_unknown_qdisc
-from testbed.kernel.rtnetlink import Request, RtnetlinkSocket, add_address, add_bridge, add_veth, mac_of, set_link
+from testbed.kernel.netlink import Request
+from testbed.kernel.rtnetlink import RtnetlinkSocket, add_address, add_bridge, add_veth, mac_of, set_link
 from testbed.model.topology import LinkSpec
 from testbed.underlay.hosts import NetlinkIntf
 from testbed.underlay.stock import Link, Switch

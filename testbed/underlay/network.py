@@ -17,8 +17,8 @@ from typing import Any
 
 from testbed.errors import NotPresent
 from testbed.kernel import sysctl
+from testbed.kernel.netlink import Request
 from testbed.kernel.rtnetlink import (
-    Request,
     RtnetlinkSocket,
     add_address,
     add_bridge,

@@ -1,4 +1,4 @@
-"""Golden cases, and cases by chance, in nftables mode: packets fare as in iptables mode, but for the differences named here."""
+"""Golden cases, and cases by chance, in nftables and ipvs mode: packets fare as in iptables mode, but for what is named here."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from random_cluster import random_objects
 from test_iptables_golden import CASES, read_case
 
 from testbed.dataplane.iptables import make_settings, render_full
+from testbed.dataplane.ipvs import IpvsRenderer, make_ipvs_settings
 from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings
 from testbed.dataplane.state import ProxyState
 from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
+from testbed.dataplane.trace_ipvs import IpvsTracer
 from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.model.proxyconfig import KubeProxyConfig, NftablesOptions, parse_proxy_config
-from testbed.model.service import NodeView, ServicePort, parse_node
+from testbed.model.service import NodeView, ServicePort, TrafficPolicy, parse_node
 
 SERVICE_CIDR = IPv4Network("10.96.0.0/12")  # of the golden cases; cases by chance have 172.30.0.0/16
 SECOND_ADDRESS, LOOPBACK = "192.0.2.77", "127.0.0.1"
@@ -123,6 +125,80 @@ DIFFERENCES: dict[str, _Difference] = {
 }  # fmt: skip
 
 
+def _same_endpoints(fate: Fate) -> bool:
+    return fate.verdict is Verdict.ENDPOINT
+
+
+def _to_bound(case: Case, packet: Packet) -> bool:
+    return _to_cluster_ip(case, packet) or _to_external(case, packet)
+
+
+def _to_external(case: Case, packet: Packet) -> bool:
+    wanted = IPv4Address(packet.destination)
+    return any(wanted in (*s.external_ips, *s.load_balancer_ips) for s in case.state.services.values())
+
+
+def _by_local_policy(case: Case, packet: Packet) -> bool:
+    """The packet is for a service port, by an address or NodePort for which only local endpoints count."""
+    for service, address, port in case.targets():
+        if (address, port, service.protocol.tool_name) == (packet.destination, packet.port, packet.protocol):
+            inner = address == str(service.cluster_ip)
+            policy = service.internal_policy if inner else service.external_policy
+            if policy is TrafficPolicy.LOCAL:
+                return True
+    return False
+
+
+def _from_loopback(case: Case, packet: Packet) -> bool:
+    return packet.source == LOOPBACK
+
+
+def _from_node(case: Case, packet: Packet) -> bool:
+    """The source is the node's, what is bound included: a node's packet to its own address comes from it."""
+    bound = {str(a) for s in case.state.services.values() for a in (*s.external_ips, *s.load_balancer_ips)}
+    return packet.source in {case.node_ip, SECOND_ADDRESS, LOOPBACK, *bound}
+
+
+def _from_node_to_guarded_balancer(case: Case, packet: Packet) -> bool:
+    return _to_guarded_balancer(case, packet) and _from_node(case, packet)
+
+
+def _from_remote_endpoint(case: Case, packet: Packet) -> bool:
+    endpoints = [e for found in case.state.endpoints.values() for e in found if str(e.address) == packet.source]
+    return any(not e.is_local for e in endpoints)
+
+
+def _to_itself(case: Case, packet: Packet) -> bool:
+    return packet.source == packet.destination
+
+
+#: The differences between iptables and ipvs mode, in the same form.
+IPVS_DIFFERENCES: dict[str, _Difference] = {
+    # A bound address is the node's own; KUBE-IPVS-FILTER refuses its other ports (3.5).
+    "a port of a bound address that no Service has": (_to_bound, _is(Verdict.NONE), _is(Verdict.REJECT)),
+    # No DROP is written: without local endpoints the others serve, or nobody does and the kernel refuses (3.1).
+    "policy Local and no endpoint here": (_by_local_policy, _is(Verdict.DROP), _is(Verdict.REJECT, Verdict.ENDPOINT)),
+    # The virtual server has the local endpoints only, whoever asks (3.1).
+    "policy Local, for pods and the node": (_by_local_policy, _same_endpoints, _same_endpoints),
+    # IPVS cannot serve the loopback (3.1), and there is no KUBE-FIREWALL to keep others from it (3.5).
+    "the loopback": (_to_loopback, _is(*Verdict), _is(Verdict.NONE, Verdict.ACCEPT)),
+    # The first rule leaves what comes from 127.0.0.0/8 alone; a node's packets to its VIPs come from these themselves.
+    "from the loopback": (_from_loopback, _same_endpoints, _same_endpoints),
+    # KUBE-LOOP-BACK knows local endpoints; those of other nodes do not pass here on the way to themselves (3.4).
+    "an endpoint of another node to itself": (_from_remote_endpoint, _same_endpoints, _same_endpoints),
+    "an endpoint to its own address": (_to_itself, _is(Verdict.NONE), lambda fate: fate.masquerade),
+    # A bitmap of ports knows no protocol (3.4).
+    "health-check node ports": (_to_health_check, _is(Verdict.NONE), _is(Verdict.ACCEPT)),
+    # Source ranges are looked at before, and whatever, the endpoints; for the node itself only if it uses the address (3.5).
+    "a client outside the ranges of a balancer without endpoints": (
+        _to_guarded_balancer, _is(Verdict.REJECT), _is(Verdict.DROP),
+    ),
+    "the node to a balancer with ranges": (
+        _from_node_to_guarded_balancer, _is(Verdict.DROP), _is(Verdict.ENDPOINT, Verdict.REJECT),
+    ),
+}  # fmt: skip
+
+
 Fares = Callable[[Packet], Fate]
 
 
@@ -175,13 +251,54 @@ def test_packets_fare_the_same(read: Callable[[], tuple[KubeProxyConfig, NodeVie
     assert concerned or not case.state.services
 
 
-def reasons(case: Case, packet: Packet, in_iptables: Fate, in_nftables: Fate) -> set[str]:
+def reasons(
+    case: Case, packet: Packet, in_iptables: Fate, other: Fate, differences: dict[str, _Difference] = DIFFERENCES
+) -> set[str]:
     """Return the names of the differences that explain why two fates are not equal."""
     return {
         name
-        for name, (concerns, before, after) in DIFFERENCES.items()
-        if concerns(case, packet) and before(in_iptables) and after(in_nftables)
+        for name, (concerns, before, after) in differences.items()
+        if concerns(case, packet) and before(in_iptables) and after(other)
     }
+
+
+def fates_ipvs(config: KubeProxyConfig, node: NodeView, state: ProxyState) -> tuple[Case, Fares, Fares]:
+    """Return a case and how a packet fares in iptables and in ipvs mode."""
+    case, in_iptables, _ = fates(config, node, state)
+    assert node.internal_ip is not None
+    addresses = [IPv4Address(LOOPBACK), IPv4Address(SECOND_ADDRESS), node.internal_ip]
+    renderer = IpvsRenderer(make_ipvs_settings(config, node, addresses))
+    renderer.update(state)
+    return case, in_iptables, IpvsTracer(renderer, Node(frozenset(addresses))).trace
+
+
+@pytest.mark.parametrize("read", MEETINGS[:-4])
+def test_packets_fare_the_same_in_ipvs_mode(read: Callable[[], tuple[KubeProxyConfig, NodeView, ProxyState]]) -> None:
+    """What differs between iptables and ipvs mode is one of the named differences, and these differ as named."""
+    case, in_iptables, in_ipvs = fates_ipvs(*read())
+    for packet in case.packets():
+        one, other = in_iptables(packet), in_ipvs(packet)
+        if one != other:
+            assert reasons(case, packet, one, other, IPVS_DIFFERENCES), (
+                f"{packet}: {one} in iptables mode, {other} in ipvs mode\n" + "\n".join(other.rules)
+            )
+
+
+def test_every_difference_of_ipvs_mode_is_met() -> None:
+    """Each named difference explains some packet that nothing else explains."""
+    met: set[str] = set()
+    names = ("tutorial", "loadbalancer-local-none-here", "loadbalancer-source-ranges-with-node")
+    for read in (
+        *(partial(read_case, path) for path in CASES if path.stem in names),
+        *(partial(random_case, n) for n in range(3)),
+    ):
+        case, in_iptables, in_ipvs = fates_ipvs(*read())
+        for packet in case.packets():
+            one, other = in_iptables(packet), in_ipvs(packet)
+            if one != other:
+                found = reasons(case, packet, one, other, IPVS_DIFFERENCES)
+                met |= found if len(found) == 1 else set()
+    assert met == IPVS_DIFFERENCES.keys()
 
 
 def test_every_difference_is_met() -> None:
