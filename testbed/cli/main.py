@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from testbed import __version__
-from testbed.errors import ApiError, InputError, ManifestError, Problem, TestbedError
+from testbed.errors import ApiError, InputError, ManifestError, MissingFeature, Problem, TestbedError
 
 if TYPE_CHECKING:
     from testbed.lab.folder import LabRecord
@@ -127,7 +128,7 @@ def up(
 
     from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
     from testbed.manifests import find_topology, load_objects, load_topology
-    from testbed.scenario.modes import check_mode
+    from testbed.scenario.modes import check_mode, why_not_here
 
     started = time.monotonic()
     files = [Path(manifest) for manifest in manifests]
@@ -138,6 +139,8 @@ def up(
     objects = [source for file in files for source in load_objects(file)]
     mode = check_mode(proxy_mode or loaded.proxy_mode)
     check_machine()
+    if missing := why_not_here(mode, loaded):
+        raise MissingFeature(f"{missing}. A lab in the nested kernel, for as long as its shell runs:\n  {_vm_line()}")
     backend = choose_iptables_backend(iptables_backend)
     with start_lab(
         loaded, name=name, proxy_mode=mode, iptables_backend=backend, attached=True, on_progress=_progress
@@ -164,6 +167,12 @@ def up(
     }
     for example, what in hints.items():
         click.echo(f"  {example:{max(map(len, hints))}}   {what}")
+
+
+def _vm_line() -> str:
+    """Return what to type to have the same command carried out in the nested kernel, and a shell beside its lab."""
+    same = shlex.join(["testbed", *sys.argv[1:]])
+    return shlex.join(["testbed", "vm", "--", "bash", "-c", f"{same}; exec bash"])
 
 
 def _progress(phase: str) -> None:
@@ -295,8 +304,6 @@ def kubeconfig(name: str | None) -> None:
 @click.argument("name", required=False)
 def env_(name: str | None) -> None:
     """Print what makes a shell use a lab: eval "$(testbed env LAB)"."""
-    import shlex
-
     from testbed.lab.handle import Lab
 
     with Lab.find(name) as lab:
@@ -343,6 +350,8 @@ def mininet_cli(lab: str | None) -> int:
     "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
 )
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
+@click.option("--no-vm", is_flag=True, help="Refuse what this kernel cannot do, instead of using the nested one.")
+@click.option("--results-fd", type=int, hidden=True)  # we are the one in the nested kernel
 def run(
     scenarios: tuple[str, ...],
     modes: tuple[str, ...],
@@ -350,11 +359,22 @@ def run(
     output: str,
     report_folder: Path | None,
     keep: bool,
+    no_vm: bool,
+    results_fd: int | None,
 ) -> int:
     """Run scenarios, each in a lab of its own; exit 1 when an expectation failed."""
-    from testbed.cli.run import run_scenarios
+    from testbed.cli.run import RunOptions, run_scenarios
 
-    return run_scenarios([Path(name) for name in scenarios], modes, iptables_backend, output, report_folder, keep)
+    options = RunOptions(
+        modes=modes,
+        iptables_backend=iptables_backend,
+        output=output,
+        report_folder=report_folder,
+        keep=keep,
+        use_vm=not no_vm,
+        results_fd=results_fd,
+    )
+    return run_scenarios([Path(name) for name in scenarios], options)
 
 
 @cli.command(context_settings=_PASS_THROUGH)

@@ -4,69 +4,180 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from testbed.errors import InputError, LabError, ManifestError, MissingFeature, Problem, TestbedError
+from testbed.kernel.pace import is_nested
 from testbed.lab.folder import list_records
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import load_scenario
 from testbed.model.scenario import Scenario, Step
-from testbed.scenario.modes import check_mode, what_kernel_lacks, why_not
+from testbed.model.topology import Topology
+from testbed.scenario.modes import check_mode, why_not, why_not_here
+from testbed.scenario.nested import nested_arguments, run_nested, send_results
 from testbed.scenario.report import TextReport, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
+from testbed.vm.machine import check_machine as check_vm
+
+INTERRUPTED = 130
 
 
-def run_scenarios(
-    paths: Sequence[Path],
-    modes: Sequence[str],
-    iptables_backend: str,
-    output: str,
-    report_folder: Path | None,
-    keep: bool,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """One scenario in one mode. ``missing``: why this kernel cannot run it, so that the nested one does."""
+
+    path: Path
+    scenario: Scenario
+    mode: str
+    missing: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What `testbed run` was told, beside scenarios. ``results_fd``: we run inside, and who started us reports."""
+
+    modes: Sequence[str] = ()
+    iptables_backend: str = ""
+    output: str = "text"
+    report_folder: Path | None = None
+    keep: bool = False
+    use_vm: bool = True
+    results_fd: int | None = None
+
+
+def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     """Run scenarios and print a report; return 0 when everything was as expected, 1 when not."""
     scenarios = _load_all(paths)
-    for mode in modes:
+    for mode in options.modes:
         check_mode(mode)
         _check_written_for(scenarios, mode)
     check_machine()
-    backend = choose_iptables_backend(iptables_backend)
-    if report_folder is not None:
-        _check_writable(report_folder)
-    planned = [(scenario, mode) for scenario in scenarios for mode in (modes or scenario.proxy_modes)]
-    reasons = [why_not(mode) or what_kernel_lacks(scenario.topology) for scenario, mode in planned]
-    skipped = [
-        (scenario.name, mode, reason) for (scenario, mode), reason in zip(planned, reasons, strict=True) if reason
-    ]
-    planned = [each for each, reason in zip(planned, reasons, strict=True) if not reason]
+    backend = choose_iptables_backend(options.iptables_backend)
+    if options.report_folder is not None:
+        _check_writable(options.report_folder)
+    planned, skipped = _plan(list(zip(paths, scenarios, strict=True)), options)
     if not planned:
         raise MissingFeature("; ".join(dict.fromkeys(reason for _, _, reason in skipped)))
-    narrator = _Narrator(to_stderr=output != "text")
-    results: list[tuple[ScenarioResult, str]] = []
-    refused: TestbedError | None = None
+    if options.keep and planned[-1].missing:
+        raise InputError(
+            f"--keep: the last lab, of {planned[-1].scenario.name} in {planned[-1].mode}, is in a nested kernel that ends "
+            "with this command; to look around in one, run `testbed vm -- bash` and `testbed run … --keep` there"
+        )
+    narrator = _Narrator(to_stderr=options.output != "text")
+    found: dict[tuple[str, str], tuple[ScenarioResult, str]] = {}
+    refused = None
     try:
-        for number, (scenario, mode) in enumerate(planned, 1):
-            result, name, ended = _run_one(scenario, mode, backend, narrator, keep=keep and number == len(planned))
-            results.append((result, name))
-            if ended:
-                raise LabError(f"scenario {scenario.name} in {mode}: {ended}")
+        _run_here([one for one in planned if not one.missing], backend, narrator, found, keep=options.keep)
+        _run_nested([one for one in planned if one.missing], narrator, found, options)
     except TestbedError as error:  # what has been seen so far is reported all the same
-        if not results:
+        if not found:
             raise
         refused = error
+    results = [found[key] for one in planned if (key := _key(one.scenario, one.mode)) in found]
     for name, mode, reason in skipped:
         narrator.say(f"skipped: {name} in {mode}: {reason}")
-    if output == "text":
-        narrator.say(narrator.report.summary([result for result, _ in results]))
-    else:
-        click.echo(json_report(results, skipped) if output == "json" else junit_report(results, skipped))
-    if report_folder is not None:
-        write_reports(report_folder, results, skipped)
+    _report(results, skipped, narrator, options)
     if refused is not None:
         raise refused
     return 0 if all(result.passed for result, _ in results) else 1
+
+
+def _plan(
+    given: Sequence[tuple[Path, Scenario]], options: RunOptions
+) -> tuple[list[_Planned], list[tuple[str, str, str]]]:  # fmt: skip
+    """Return what to run, and what is left out, as scenario, mode and reason.
+
+    Raises:
+        MissingFeature: a mode that was asked for by name cannot be run, whatever the topology.
+    """
+    planned, skipped = [], []
+    for mode in options.modes:
+        if reason := _what_is_missing(mode, None, options.use_vm)[0]:
+            raise MissingFeature(reason)
+    for path, scenario in given:
+        for mode in options.modes or scenario.proxy_modes:
+            reason, nested = _what_is_missing(mode, scenario.topology, options.use_vm)
+            if not reason:
+                planned.append(_Planned(path, scenario, mode, nested))
+            else:
+                skipped.append((scenario.name, mode, reason))
+    return planned, skipped
+
+
+def _what_is_missing(mode: str, topology: Topology | None, use_vm: bool) -> tuple[str, str]:
+    """Return why a mode cannot be run at all in a topology, and what this kernel lacks for it although the nested one can."""
+    if reason := why_not(mode):
+        return reason, ""
+    missing = why_not_here(mode, topology)
+    if not missing:
+        return "", ""
+    if is_nested():
+        return missing, ""
+    if mode == "nftables":
+        return f"{missing}; the nested kernel, which has it, has no NAT in nf_tables", ""
+    if not use_vm:
+        return f"{missing}, and --no-vm keeps it out of the nested kernel", ""
+    try:
+        check_vm()
+    except MissingFeature as error:
+        return f"{missing}; {error}", ""
+    return "", missing
+
+
+def _key(scenario: Scenario, mode: str) -> tuple[str, str]:
+    return str(scenario.file), mode
+
+
+def _run_here(
+    planned: Sequence[_Planned], backend: str, narrator: _Narrator,
+    found: dict[tuple[str, str], tuple[ScenarioResult, str]], *, keep: bool,
+) -> None:  # fmt: skip
+    for number, one in enumerate(planned, 1):
+        last = number == len(planned)
+        result, name, ended = _run_one(one.scenario, one.mode, backend, narrator, keep=keep and last)
+        found[_key(one.scenario, one.mode)] = result, name
+        if ended:
+            raise LabError(f"scenario {one.scenario.name} in {one.mode}: {ended}")
+
+
+def _run_nested(
+    planned: Sequence[_Planned], narrator: _Narrator, found: dict[tuple[str, str], tuple[ScenarioResult, str]],
+    options: RunOptions,
+) -> None:  # fmt: skip
+    """Run the scenarios of each mode that needs it in a nested kernel: one boot a mode."""
+    for mode in dict.fromkeys(one.mode for one in planned):
+        of_mode = [one for one in planned if one.mode == mode]
+        names = ", ".join(one.scenario.name for one in of_mode)
+        narrator.say(f"{of_mode[0].missing}; running {names} in {mode} in the nested kernel (testbed vm)")
+        arguments = nested_arguments(
+            [one.path for one in of_mode], mode, iptables_backend=options.iptables_backend,
+            to_stderr=options.output != "text",
+        )  # fmt: skip
+        results, status = run_nested(arguments)
+        for result, name in results:
+            found[_key(result.scenario, result.mode)] = result, name
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+        if status not in (0, 1):
+            raise LabError(f"the testbed in the nested kernel ended with status {status}")
+
+
+def _report(
+    results: list[tuple[ScenarioResult, str]], skipped: list[tuple[str, str, str]], narrator: _Narrator,
+    options: RunOptions,
+) -> None:  # fmt: skip
+    if options.results_fd is not None:
+        send_results(options.results_fd, results)
+        return
+    if options.output == "text":
+        narrator.say(narrator.report.summary([result for result, _ in results]))
+    else:
+        click.echo(json_report(results, skipped) if options.output == "json" else junit_report(results, skipped))
+    if options.report_folder is not None:
+        write_reports(options.report_folder, results, skipped)
 
 
 def _check_written_for(scenarios: Sequence[Scenario], mode: str) -> None:
@@ -131,7 +242,7 @@ def _run_one(
     """Return the result, the lab's name, and, when the lab ended before the scenario did, what is known of that."""
     name = _free_name(scenario.name)
     with start_lab(scenario.topology, name=name, proxy_mode=mode, iptables_backend=backend, attached=True) as lab:
-        narrator.say(narrator.report.heading(scenario.name, mode, name))
+        narrator.say(narrator.report.heading(scenario.name, mode, name, nested=is_nested()))
         result = run_scenario(scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end)
         ended = "" if result.passed else lab.why_ended()
         if keep and not ended:

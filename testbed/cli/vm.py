@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import InputError
-from testbed.vm.plan import DEFAULT_MEMORY_MIB, LEAST_MEMORY_MIB, VmRequest
+from testbed.vm.machine import available_memory_mib, check_machine
+from testbed.vm.plan import LEAST_MEMORY_MIB, VmRequest, choose_memory
 from testbed.vm.session import own_terminal, run_command
 
 _UNITS = {"": 1, "k": 1 / 1024, "m": 1, "g": 1024}
@@ -52,15 +53,16 @@ def run_in_vm(argv: Sequence[str], memory: str | None, timeout: str | None, shar
     for share in shares:
         if not share.is_dir():
             raise InputError(f"--share {str(share)!r}: there is no such folder")
+    check_machine()
     terminal, window = own_terminal()
     request = VmRequest(
         argv=command,
         cwd=os.getcwd(),
         env=dict(os.environ),
-        memory_mib=parse_memory(memory) if memory else DEFAULT_MEMORY_MIB,
-        timeout_s=parse_timeout(timeout) if timeout else None,
+        memory_mib=choose_memory(parse_memory(memory) if memory is not None else None, available_memory_mib()),
+        timeout_s=parse_timeout(timeout) if timeout is not None else None,
         shares=tuple(str(share.resolve()) for share in shares),
         terminal=terminal,
         window=window,
     )
-    return run_command(request)
+    return run_command(request).status

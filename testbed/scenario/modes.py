@@ -1,4 +1,4 @@
-"""Which proxy modes this version can run, and which scenarios this kernel."""
+"""Which proxy modes this version can run, and what this kernel lacks for them and for topologies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ IMPLEMENTED = ("iptables", "nftables", "ipvs")
 
 
 def check_mode(mode: str) -> str:
-    """Return the mode if it can be run.
+    """Return the mode if this version can run it, be it in the nested kernel.
 
     Raises:
         InputError: there is no such mode.
-        MissingFeature: this version does not program it.
+        MissingFeature: this version does not program it, or its tools are missing.
     """
     if mode not in PROXY_MODES:
         raise InputError(f"there is no proxy mode {mode!r}; the modes are {', '.join(PROXY_MODES)}")
@@ -27,18 +27,20 @@ def check_mode(mode: str) -> str:
 
 
 def why_not(mode: str) -> str:
-    """Return why a mode cannot be run, '' when it can."""
+    """Return why a mode cannot be run, '' when it can (by this kernel or the nested one: `why_not_here`)."""
     if mode not in IMPLEMENTED:
         return f"proxy mode {mode!r} is not built yet: this version programs {' and '.join(IMPLEMENTED)}"
     if mode == "nftables" and shutil.which("nft") is None:
         return "proxy mode 'nftables' needs nft, which is not installed (apt-get install nftables)"
     if mode == "ipvs" and shutil.which("ipset") is None:
         return "proxy mode 'ipvs' needs ipset, which is not installed (apt-get install ipset ipvsadm)"
-    if mode == "ipvs" and (reason := why_no_ipvs()):
-        return f"proxy mode 'ipvs': {reason}; `testbed vm -- testbed …` runs it in a kernel that has it"
     return ""
 
 
-def what_kernel_lacks(topology: Topology) -> str:
-    """Return which feature of the kernel a topology needs and does not find, '' when there is all."""
-    return f"topology {topology.name!r}: {WITHOUT_NETEM}" if topology.needs_netem and not has_netem() else ""
+def why_not_here(mode: str, topology: Topology | None = None) -> str:
+    """Return what this kernel lacks for a mode, and for a topology, even after an attempt to load it, '' when it has it."""
+    if mode == "ipvs" and (reason := why_no_ipvs()):
+        return reason
+    if topology is not None and topology.needs_netem and not has_netem():
+        return f"topology {topology.name!r}: {WITHOUT_NETEM}"
+    return ""

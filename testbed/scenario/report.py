@@ -14,6 +14,7 @@ from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _XML_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML 1.0, 2.2
+_IN_NESTED = ", in the nested kernel"
 _MARKS = {Status.PASSED: ("✓", "32"), Status.FAILED: ("✗", "31"), Status.NOT_RUN: ("-", "2")}
 
 
@@ -42,8 +43,8 @@ class TextReport:
     def _paint(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self._colours else text
 
-    def heading(self, name: str, mode: str, lab: str) -> str:
-        return self._paint(f"{name}", "1") + f", proxy mode {mode}, lab {lab}"
+    def heading(self, name: str, mode: str, lab: str, *, nested: bool = False) -> str:
+        return self._paint(f"{name}", "1") + f", proxy mode {mode}, lab {lab}" + (_IN_NESTED if nested else "")
 
     def step(self, result: StepResult, total: int) -> str:
         """Return one line for a step that passed or was not run; what was wanted and seen for one that failed."""
@@ -75,7 +76,8 @@ class TextReport:
             passed = sum(step.status is Status.PASSED for step in result.steps)
             word = "passed" if result.passed else "failed"
             steps = f"{passed}/{len(result.steps)}"
-            rows.append((result.scenario.name, result.mode, steps, word, f"{result.duration_s:.1f} s"))
+            mode = result.mode + (" (nested)" if result.nested else "")
+            rows.append((result.scenario.name, mode, steps, word, f"{result.duration_s:.1f} s"))
         return "\n".join([*lines, aligned(rows)])
 
     def _spreads(self, result: ScenarioResult) -> list[str]:
@@ -100,6 +102,7 @@ def as_dict(result: ScenarioResult, lab: str) -> dict[str, Any]:
         "file": str(result.scenario.file),
         "mode": result.mode,
         "lab": lab,
+        "kernel": "nested" if result.nested else "own",
         "passed": result.passed,
         "duration_s": round(result.duration_s, 3),
         "steps": [
@@ -141,6 +144,9 @@ def junit_report(results: Sequence[tuple[ScenarioResult, str]], skipped: Sequenc
             root, "testsuite", name=f"{result.scenario.name} ({result.mode})", tests=str(len(result.steps)),
             failures=str(failures), skipped=str(not_run), errors="0", time=f"{result.duration_s:.3f}",
         )  # fmt: skip
+        if result.nested:
+            properties = ElementTree.SubElement(suite, "properties")
+            ElementTree.SubElement(properties, "property", name="kernel", value="nested")
         for step in result.steps:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"{result.scenario.name}.{result.mode}",

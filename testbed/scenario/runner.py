@@ -13,7 +13,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
-from testbed.kernel.pace import patient
+from testbed.kernel.pace import is_nested, patient
 from testbed.kernel.processes import Completed
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
@@ -99,6 +99,7 @@ class ScenarioResult:
     mode: str
     steps: tuple[StepResult, ...]
     duration_s: float
+    nested: bool = False  # seen in the nested kernel
 
     @property
     def passed(self) -> bool:
@@ -128,7 +129,9 @@ def run_scenario(
             result = runner.run(number, step)
         results.append(result)
         on_end(result, len(steps))
-    return ScenarioResult(scenario=scenario, mode=mode, steps=tuple(results), duration_s=clock() - began)
+    return ScenarioResult(
+        scenario=scenario, mode=mode, steps=tuple(results), duration_s=clock() - began, nested=is_nested()
+    )
 
 
 class _Runner:

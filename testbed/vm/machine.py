@@ -7,6 +7,7 @@ has, so that nothing is left of them either: the guest's memory (``TMPDIR``), UM
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,21 +16,21 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from testbed.errors import InputError, KernelError, MissingFeature
+from testbed.errors import InputError, MissingFeature
 from testbed.kernel import linux
-from testbed.vm.plan import LEAST_MEMORY_MIB, VmRequest, guest_plan, uml_command
+from testbed.vm.plan import VmRequest, guest_plan, uml_command
 
 PROGRAM = "linux.uml"
 MODULES = Path("/usr/lib/uml/modules")
-_PRIVATE = "/dev/shm"  # noqa: S108  # a place that is there everywhere and that the guest covers by its own
+_PRIVATE = "/dev/shm"  # a place that is there everywhere and that the guest covers by its own
 
 
-def check_machine(memory_mib: int | None = None) -> None:
+def check_machine() -> None:
     """Refuse where no nested kernel can run.
 
     Raises:
         InputError: not root.
-        MissingFeature: UML or its modules are missing, or memory is.
+        MissingFeature: UML or its modules are missing.
     """
     if os.geteuid() != 0:
         raise InputError("a nested kernel needs root, to mount what it keeps in memory: run this as root, or with sudo")
@@ -51,6 +52,14 @@ def modules_folder() -> Path | None:
         return None
 
 
+def available_memory_mib() -> int:
+    """Return how much memory programs could still get on this machine."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    raise AssertionError("/proc/meminfo has no MemAvailable")
+
+
 class Machine:
     """A running nested kernel: ``line`` is our end of its serial line, ``log`` what its kernel printed."""
 
@@ -64,10 +73,8 @@ class Machine:
 
     def close(self) -> None:
         """End it and everything in it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         os.waitpid(self._pid, 0)
         self.line.close()
         os.close(self._log)
@@ -134,7 +141,7 @@ def _be_first_process(request: VmRequest, plan: str, line: int, log: int, alive:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.chdir("/")
         os.environ["TMPDIR"] = _PRIVATE
-        os.execvp("tini", ["tini", "-s", "--", *argv])
+        os.execvp("tini", ["tini", "-s", "--", *argv])  # noqa: S606
     except BaseException as error:
         os.write(2, f"could not isolate the nested kernel: {error}\n".encode())
     finally:

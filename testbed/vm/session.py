@@ -7,35 +7,49 @@ import os
 import select
 import signal
 import struct
-import sys
 import termios
 import time
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import ClassVar
 
 from testbed.errors import KernelError
 from testbed.vm import wire
 from testbed.vm.machine import Machine, start_machine
-from testbed.vm.plan import BOOT_WITHIN_S, VmRequest
+from testbed.vm.plan import BOOT_WITHIN_S, VmRequest, explain_end, last_messages
 
 TIMED_OUT = 124
+"""Exit status when time was up, as of timeout(1)."""
+
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_END_WITHIN_S = 5.0  # for killing everything inside and writing shared folders out
+_MOST_QUEUED = 1 << 20
+_CHUNK = select.PIPE_BUF  # a pipe that is ready takes this much without blocking
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended: ``status`` as a shell shows it, and what it wrote to descriptor 3 if it was asked to."""
+
+    status: int
+    answer: bytes
 
 
 def own_terminal() -> tuple[tuple[int, ...], tuple[int, int]]:
     """Return which of our standard descriptors are a terminal that the command should have, and its rows and columns.
 
-    None of them unless both input and output are: a terminal cannot be shared between us and the next program of a pipe.
+    Input only together with output: in ``testbed vm -- … | less`` the terminal's input is less's.
     """
-    if not (os.isatty(0) and os.isatty(1)):
+    if not os.isatty(1):
         return (), (0, 0)
     size = os.get_terminal_size(1)
     return tuple(fd for fd in (0, 1, 2) if os.isatty(fd)), (size.lines, size.columns)
 
 
-def run_command(request: VmRequest) -> int:
-    """Return the exit status of the command, as a shell shows it.
+def run_command(request: VmRequest) -> Ended:
+    """Run a command in a nested kernel that boots for it and ends with it.
 
     Raises:
         KernelError: the nested kernel did not boot, or ended early.
@@ -76,57 +90,88 @@ def _raw_terminal(request: VmRequest) -> Iterator[None]:
 
 
 class _Relay:
+    """Carries bytes both ways until the command has ended and everything it wrote is written."""
+
+    _OUTPUTS: ClassVar = {wire.STDOUT: 1, wire.TERMINAL: 1, wire.STDERR: 2}
+
     def __init__(self, request: VmRequest, machine: Machine, signals: int) -> None:
         self._request = request
         self._machine = machine
+        self._line = machine.line.fileno()
         self._signals = signals
         self._frames = wire.Frames()
         self._is_up = False
-        self._reads_stdin = True
+        self._is_over = False
+        self._reads_stdin = request.stdin
         self._under_way = 0
-        self._closed: set[int] = set()
+        self._queued = {1: bytearray(), 2: bytearray()}
+        self._answer = bytearray()
         self._status: int | None = None
 
-    def run(self) -> int:
-        started = time.monotonic()
+    def run(self) -> Ended:
+        began = time.monotonic()
         timeout_s = self._request.timeout_s
-        while self._status is None:
-            wanted = [self._machine.line.fileno(), self._signals]
-            if self._is_up and self._reads_stdin and self._under_way < wire.WINDOW_BYTES:
-                wanted.append(0)
-            limit_s = timeout_s if self._is_up else min(timeout_s or BOOT_WITHIN_S, BOOT_WITHIN_S)
-            left_s = None if limit_s is None else max(0.0, started + limit_s - time.monotonic())
-            ready = select.select(wanted, [], [], left_s)[0]
-            if not ready:
-                if timeout_s is not None and time.monotonic() - started >= timeout_s:
-                    return self._time_out(timeout_s)
-                raise KernelError(f"the nested kernel did not boot within {BOOT_WITHIN_S:g} s{self._last_messages()}")
-            if self._signals in ready:
-                self._pass_signals(os.read(self._signals, 256))
-            if 0 in ready:
-                self._read_stdin()
-            if self._machine.line.fileno() in ready:
-                self._read_line()
-        return self._status
+        limit_s: float | None = min(timeout_s or BOOT_WITHIN_S, BOOT_WITHIN_S)
+        while self._status is None or any(self._queued.values()):
+            if self._is_up and not self._is_over:
+                limit_s = timeout_s
+            if not self._step(None if limit_s is None else max(0.0, began + limit_s - time.monotonic())):
+                if self._is_over:
+                    break
+                if timeout_s is None or limit_s != timeout_s:
+                    raise KernelError(
+                        f"the nested kernel did not boot within {BOOT_WITHIN_S:g} s{self._last_messages()}"
+                    )
+                self._is_over = True
+                limit_s = timeout_s + _END_WITHIN_S
+                self._send(wire.frame(wire.END))
+        if self._is_over:
+            self._say(f"time is up ({timeout_s:g} s): everything in the nested kernel was ended")
+            return Ended(TIMED_OUT, bytes(self._answer))
+        if reason := explain_end(self._machine.kernel_messages(), self._request.memory_mib):
+            self._say(reason)
+        assert self._status is not None
+        return Ended(self._status, bytes(self._answer))
 
-    def _time_out(self, timeout_s: float) -> int:
-        os.write(
-            2, f"testbed vm: time is up ({timeout_s:g} s): the command and everything in there was ended\n".encode()
-        )
-        return TIMED_OUT
+    def _step(self, within_s: float | None) -> bool:
+        """Wait for something and do it; return False when nothing happened in time."""
+        wanted = [self._signals]
+        if self._status is None and sum(map(len, self._queued.values())) < _MOST_QUEUED:
+            wanted.append(self._line)
+        if self._is_up and self._status is None and self._reads_stdin and self._under_way < wire.WINDOW_BYTES:
+            wanted.append(0)
+        ready, writable, _ = select.select(wanted, [fd for fd, data in self._queued.items() if data], [], within_s)
+        if self._signals in ready:
+            self._pass_signals(os.read(self._signals, 256))
+        for fd in writable:
+            self._write(fd)
+        if 0 in ready:
+            self._read_stdin()
+        if self._line in ready:
+            self._read_line()
+        return bool(ready or writable)
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):
+            end = "\r\n" if 0 in self._request.terminal else "\n"
+            os.write(2, f"testbed vm: {text}{end}".encode())
 
     def _last_messages(self) -> str:
-        lines = self._machine.kernel_messages().strip().splitlines()[-80:]
-        return "; its last messages:\n" + "\n".join(f"    {line}" for line in lines) if lines else ""
+        messages = self._machine.kernel_messages()
+        if reason := explain_end(messages, self._request.memory_mib):
+            return f": {reason}"
+        lines = last_messages(messages)
+        return "; the last it said:" + "".join(f"\n    {line}" for line in lines) if lines else ""
 
     def _send(self, data: bytes) -> None:
-        self._machine.line.sendall(data)
+        with suppress(BrokenPipeError, ConnectionResetError):  # reading says why
+            self._machine.line.sendall(data)
 
     def _pass_signals(self, numbers: bytes) -> None:
         for number in numbers:
             if number == signal.SIGWINCH:
                 if self._request.terminal and self._is_up:
-                    packed = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+                    packed = fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8))
                     self._send(wire.window(*struct.unpack("HHHH", packed)[:2]))
             elif self._is_up:
                 self._send(wire.number(wire.SIGNAL, number))
@@ -148,31 +193,37 @@ class _Relay:
     def _read_line(self) -> None:
         try:
             data = self._machine.line.recv(1 << 18)
-        except OSError:
+        except ConnectionResetError:
             data = b""
         if not data:
-            raise KernelError(f"the nested kernel ended before the command did{self._last_messages()}")
+            when = "before the command did" if self._is_up else "while it booted"
+            raise KernelError(f"the nested kernel ended {when}{self._last_messages()}")
         for kind, payload in self._frames.feed(data):
-            if kind == wire.STDOUT or kind == wire.TERMINAL:
-                self._write(1, payload)
-            elif kind == wire.STDERR:
-                self._write(2, payload)
-            elif kind == wire.TAKEN:
-                count = wire.read_number(payload)
-                self._under_way -= count
-                self._reads_stdin = self._reads_stdin and bool(count)
-            elif kind == wire.READY:
-                self._is_up = True
-            elif kind == wire.FAILED:
-                raise KernelError(f"the nested kernel could not be set up: {payload.decode()}{self._last_messages()}")
-            elif kind == wire.EXIT:
-                self._status = wire.read_number(payload)
+            self._obey(kind, payload)
 
-    def _write(self, fd: int, data: bytes) -> None:
-        view = memoryview(data)
-        while view and fd not in self._closed:
-            try:
-                view = view[os.write(fd, view) :]
-            except BrokenPipeError:
-                self._closed.add(fd)
-                self._send(wire.frame(wire.CLOSE, wire.STDOUT if fd == 1 else wire.STDERR))
+    def _obey(self, kind: bytes, payload: bytes) -> None:
+        if kind in self._OUTPUTS:
+            self._queued[self._OUTPUTS[kind]] += payload
+        elif kind == wire.ANSWER:
+            self._answer += payload
+        elif kind == wire.TAKEN:
+            count = wire.read_number(payload)
+            self._under_way -= count
+            self._reads_stdin = self._reads_stdin and bool(count)
+        elif kind == wire.READY:
+            self._is_up = True
+        elif kind == wire.FAILED:
+            raise KernelError(f"the nested kernel could not be set up: {payload.decode()}{self._last_messages()}")
+        elif kind == wire.EXIT:
+            self._status = wire.read_number(payload)
+
+    def _write(self, fd: int) -> None:
+        queue = self._queued[fd]
+        try:
+            del queue[: os.write(fd, queue[:_CHUNK])]
+        except BlockingIOError:  # somebody made it so
+            return
+        except OSError:  # nobody reads it, or it is full: the command meets that as well
+            queue.clear()
+            kinds = [kind for kind, number in self._OUTPUTS.items() if number == fd]
+            self._send(b"".join(wire.frame(wire.CLOSE, kind) for kind in kinds))

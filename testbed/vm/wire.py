@@ -4,9 +4,9 @@ A frame is one byte for its kind, four for the length, and that many bytes::
 
     host → guest   i data for standard input or the terminal       w rows, columns of the terminal
                    z standard input has ended                      s a signal for the command
-                   c nobody reads that output any more (b"o" or b"e")
-    guest → host   o standard output    e standard error    t the terminal
-                   u so many bytes of input were taken, or nobody will read any more (0)
+                   c nobody reads that output any more (its kind)  k time is up: end everything
+    guest → host   o standard output    e standard error    t the terminal    a descriptor 3
+                   u so many bytes of input were taken; 0: nobody will read any more
                    r everything is set up, the command starts      f that could not be done (text)
                    x the command has ended (status)
 """
@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import struct
 
-STDIN, STDIN_END, WINDOW, SIGNAL, CLOSE = b"i", b"z", b"w", b"s", b"c"
-STDOUT, STDERR, TERMINAL, TAKEN, READY, FAILED, EXIT = b"o", b"e", b"t", b"u", b"r", b"f", b"x"
+STDIN, STDIN_END, WINDOW, SIGNAL, CLOSE, END = b"i", b"z", b"w", b"s", b"c", b"k"
+STDOUT, STDERR, TERMINAL, ANSWER, TAKEN, READY, FAILED, EXIT = b"o", b"e", b"t", b"a", b"u", b"r", b"f", b"x"
 
-WINDOW_BYTES = 32768
-"""How much input may be under way: the guest would have to keep what the command does not read."""
+ANSWER_FD = 3
+"""Where a command that was asked for an answer writes it."""
+
+WINDOW_BYTES = 3072
+"""How much input may be under way. The guest keeps what the command does not read; and with less than 128 of the 4,096 bytes
+of a terminal's buffer free the line is throttled (n_tty.c), from which UML's driver does not come back."""
 
 _HEADER = struct.Struct("!cI")
 _NUMBER = struct.Struct("!I")

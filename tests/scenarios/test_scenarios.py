@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from testbed.manifests import load_scenario
-from testbed.scenario.modes import what_kernel_lacks
+from testbed.scenario.modes import why_not_here
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -25,7 +25,8 @@ def test_scenario(path: Path) -> None:
     """
     command = [sys.executable, "-m", "testbed", "run", str(path.parent), "-o", "json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    if done.returncode == 3 and (lacks := what_kernel_lacks(load_scenario(path.parent).topology)):
+    topology = load_scenario(path.parent).topology
+    if done.returncode == 3 and (lacks := why_not_here("iptables", topology)):
         assert lacks in done.stderr
         pytest.skip(lacks)
     assert done.returncode == 0, done.stderr + done.stdout

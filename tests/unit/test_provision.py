@@ -7,6 +7,7 @@ is tests/kernel/test_provision_in_debian.py.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ FILES = ["/etc/modprobe.d/testbed.conf", "/etc/modules-load.d/testbed.conf", "/e
 ENTER = """
 mount -t tmpfs tmpfs "$1" && mkdir "$1/upper" "$1/work" "$1/root" &&
 mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root" &&
-mount -t tmpfs tmpfs "$1/root/run" && mount --rbind /proc "$1/root/proc" && mount --rbind /dev "$1/root/dev" && mount --rbind "$1/shared" "$1/root/mnt" 2>/dev/null
-root="$1/root"; shift; exec chroot "$root" sh -c "$@"
+mount -t tmpfs tmpfs "$1/root/run" && mount --rbind /proc "$1/root/proc" && mount --rbind /dev "$1/root/dev" &&
+mount --rbind SHARED "$1/root/mnt" && root="$1/root" && shift && exec chroot "$root" sh -c "$@"
 """
 
 
@@ -107,7 +108,7 @@ def in_overlay(tmp_path: Path, script: str) -> Ended:
         pytest.skip("needs root (an overlay as root file system)")
     place = tmp_path / "place"
     place.mkdir(exist_ok=True)
-    enter = ENTER.replace('"$1/shared"', f'"{tmp_path}"')
+    enter = ENTER.replace("SHARED", shlex.quote(str(tmp_path)))
     return run("unshare", "--mount", "--propagation", "private", "sh", "-c", enter, "sh", place, script)
 
 
