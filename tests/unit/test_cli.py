@@ -25,7 +25,7 @@ import testbed.lab.start
 import testbed.scenario.modes
 from testbed import __version__
 from testbed.cli.main import main
-from testbed.errors import LabError
+from testbed.errors import LabError, MissingFeature
 from testbed.kernel.processes import Completed
 from testbed.manifests import find_topology, load_topology
 
@@ -429,7 +429,12 @@ def test_run_fails(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatc
 
 
 def test_run_on_a_kernel_without_a_feature(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scenario whose topology this kernel cannot make is skipped by name; when there is no other one, the status is 3."""
+    """A scenario whose topology no kernel here can make is skipped by name; when there is no other one, the status is 3."""
+
+    def check_vm() -> NoReturn:
+        raise MissingFeature("there is no nested kernel")
+
+    monkeypatch.setattr(testbed.cli.run, "check_vm", check_vm)
     monkeypatch.setattr(testbed.scenario.modes, "has_netem", lambda: False)
     folder = Path("far")
     folder.mkdir()
@@ -445,7 +450,9 @@ def test_run_on_a_kernel_without_a_feature(testbed_: Testbed, labs: Labs, monkey
     )
     ended = testbed_("run", "runs", "far")
     assert (ended.status, len(labs)) == (0, 1)
-    assert [line for line in ended.out.splitlines() if line.startswith(f"skipped: far in iptables: {lacks}")]
+    (skipped,) = [line for line in ended.out.splitlines() if line.startswith("skipped: far in iptables: ")]
+    assert skipped.startswith(f"skipped: far in iptables: {lacks}")
+    assert skipped.endswith("; there is no nested kernel")
     alone = testbed_("run", "far")
     assert (alone.status, alone.out, len(labs)) == (3, "", 1)
     assert lacks in alone.err
