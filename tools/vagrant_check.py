@@ -33,6 +33,7 @@ from vagrant_box import (
     make_image,
     pack_box,
     register_metadata,
+    save_time,
 )
 from vagrant_enclosure import Enclosure, open_enclosure
 from vagrant_steps import StepFailed, Steps, interrupt_on
@@ -211,6 +212,8 @@ def _box(steps: Steps, plan: Plan, scratch: Path) -> Path:
         debootstrap(steps, root, BOX_PACKAGES, mirror, plan.cache)
     with steps.step("a disk image that boots it"):
         make_bootable(steps, root, mirror)
+        if plan.driver == "qemu":
+            save_time(root)
         image = make_image(steps, root, image_folder)
         shutil.rmtree(root)
     box = plan.box or scratch / "testbed.box"
