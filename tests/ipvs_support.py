@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
@@ -24,6 +25,9 @@ from testbed.kernel.iptables import Backend, Iptables
 from testbed.kernel.ipvs_node import IpvsNode, Listing, Refused
 from testbed.kernel.runner import SubprocessRunner
 from testbed.programs.proxy_ipvs import IpvsProxier
+
+sys.path.append(str(Path(__file__).parent / "golden"))
+from compare import differences, parse
 
 LOCAL = frozenset({IPv4Address("127.0.0.1"), IPv4Address("192.168.0.2")})
 
@@ -69,6 +73,11 @@ def real_node(folder: Path, *addresses: str, pid: int | None = None) -> Iterator
             runner.run(["ip", "-batch", "-"], stdin="".join(f"{line}\n" for line in [*lines, "link set eth0 up"]))
         with IpvsNode(runner, "node") as node:
             yield RealNode(runner, node, IpvsProxier(node, Iptables(runner, Backend.LEGACY)))
+
+
+def unlike(one: str, other: str) -> list[str]:
+    """Return the differences of two dumps, as ``tests/golden/compare.py`` prints them."""
+    return list(differences(parse(one), parse(other)))
 
 
 def dump(runner: SubprocessRunner) -> str:
@@ -177,6 +186,9 @@ class FakeNode:
         if self.bound is not None:
             self.bound -= set(change.unbind)
         return []
+
+    def close(self) -> None:
+        pass
 
     def flush(self, names: Iterable[str]) -> None:
         """Do what ``ipset flush`` does."""

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
@@ -29,7 +28,7 @@ from testbed.kernel.pace import is_nested, patient
 
 MARKER = "ipvs"
 MEMORY = "3G"
-_ROOT = Path(__file__).parents[1]
+MACHINE = [sys.executable, "-m", "testbed", "vm", "--memory", MEMORY, "--"]
 _NESTED_FACTOR = 6
 _BOOT_S = 120  # what the first test waits for beside itself: the kernel, pytest, the collection
 
@@ -62,21 +61,15 @@ class NestedTests:
             self._vm.communicate()
 
     def _start(self) -> subprocess.Popen[str]:
-        self._log = tempfile.TemporaryFile(mode="w+")
-        command = [
-            sys.executable,
-            "-m",
-            "testbed",
-            "vm",
-            "--memory",
-            MEMORY,
-            "--",
-            sys.executable,
-            __file__,
-            *self._options,
-        ]
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the machine
+        command = [*MACHINE, sys.executable, __file__, *self._options]
         vm = subprocess.Popen(
-            command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            command,
+            cwd=self._items[0].config.rootpath,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
         )
         assert vm.stdin
         vm.stdin.write(json.dumps([item.nodeid for item in self._items]))

@@ -87,7 +87,7 @@ class World:
 def packet_world() -> Iterator[World]:
     """Make the namespaces, servers in the endpoints, and an asker in each."""
     with contextlib.ExitStack() as stack:
-        pids = {name: _namespace(stack) for name in ("node", "outside", *PODS)}
+        pids = {name: hold_namespace(stack) for name in ("node", "outside", *PODS)}
         _connect(pids)
         for name in ("pod1", "pod2"):
             server = _start(stack, pids[name], _SERVER, name)
@@ -96,7 +96,8 @@ def packet_world() -> Iterator[World]:
         yield World(pids, askers)
 
 
-def _namespace(stack: contextlib.ExitStack) -> int:
+def hold_namespace(stack: contextlib.ExitStack) -> int:
+    """Make a network namespace that lasts as long as the stack, and return the pid of a process in it."""
     holder = stack.enter_context(
         subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     )

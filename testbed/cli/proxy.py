@@ -65,12 +65,12 @@ def render(given: ProxyInput) -> str:
 def sync(given: ProxyInput, backend: str) -> int:
     """Program the network namespace of this process once; return 0, or 3 when a Service was refused."""
     runner = SubprocessRunner()
-    clean_up_other_modes(given.config, runner, backend)
     prepare_node(given.config, given.node.name, lambda line: click.echo(f"warning: {line}", err=True))
     report = sync_once(
         given.config, given.node, given.services, given.slices, runner=runner, backend=backend,
         local_addresses=list_local_addresses(), service_cidrs=given.service_cidrs,
     )  # fmt: skip
+    clean_up_other_modes(given.config, runner, backend)  # last: where this mode is not to be had, what is there stays
     for name, reason in report.refused.items():
         click.echo(f"error: service {name} ({name.protocol}) is left out: {reason}", err=True)
     lines, changes = len(report.payload.text.splitlines()), getattr(report.payload, "changes", 0)

@@ -22,8 +22,6 @@ from testbed.scenario.report import TextReport, json_report, junit_report, write
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 from testbed.vm.machine import check_machine as check_vm
 
-INTERRUPTED = 130
-
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
@@ -159,8 +157,6 @@ def _run_nested(
         results, status = run_nested(arguments)
         for result, name in results:
             found[_key(result.scenario, result.mode)] = result, name
-        if status == INTERRUPTED:
-            raise KeyboardInterrupt
         if status not in (0, 1):
             raise LabError(f"the testbed in the nested kernel ended with status {status}")
 

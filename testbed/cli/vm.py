@@ -9,7 +9,7 @@ from pathlib import Path
 
 from testbed.errors import InputError
 from testbed.vm.machine import available_memory_mib, check_machine
-from testbed.vm.plan import LEAST_MEMORY_MIB, VmRequest, choose_memory
+from testbed.vm.plan import LEAST_MEMORY_MIB, OWN_INSIDE, VmRequest, choose_memory
 from testbed.vm.session import own_terminal, run_command
 
 _UNITS = {"": 1, "k": 1 / 1024, "m": 1, "g": 1024}
@@ -46,6 +46,8 @@ def parse_timeout(text: str) -> float:
 def run_in_vm(argv: Sequence[str], memory: str | None, timeout: str | None, shares: Sequence[Path]) -> int:
     """Run a command in a nested kernel on our terminal and return its exit status."""
     command = tuple(argv[1:] if argv[:1] == ("--",) else argv)
+    if command == tuple(argv) and command[:1] and command[0].startswith("-"):
+        raise InputError(f"there is no option {command[0]!r}; a command of that name goes behind `--`")
     if not command:
         raise InputError("nothing to run: testbed vm -- COMMAND...")
     if not command[0]:
@@ -53,6 +55,8 @@ def run_in_vm(argv: Sequence[str], memory: str | None, timeout: str | None, shar
     for share in shares:
         if not share.is_dir():
             raise InputError(f"--share {str(share)!r}: there is no such folder")
+        if any(share.resolve().is_relative_to(own) for own in OWN_INSIDE) or share.resolve() == Path("/"):
+            raise InputError(f"--share {str(share)!r}: the nested kernel has its own inside; share another folder")
     check_machine()
     terminal, window = own_terminal()
     request = VmRequest(

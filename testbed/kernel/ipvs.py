@@ -165,7 +165,7 @@ class Ipvs:
         Raises:
             KernelError: the kernel refused.
         """
-        values = struct.pack("=HHI" * 3, 8, 4, tcp_s, 8, 5, tcp_fin_s, 8, 6, udp_s)
+        values = struct.pack("=" + "HHI" * 3, 8, 4, tcp_s, 8, 5, tcp_fin_s, 8, 6, udp_s)
         self._netlink.send([Request(self._family, 0, _command(_SET_CONFIG) + values, "set IPVS timeouts")])
 
     def flush(self) -> None:

@@ -16,6 +16,14 @@ from typing import Any
 _HEADER_BYTES = 16
 
 
+def load() -> None:
+    """Import what of pyroute2 is used, for a process whose children will need it."""
+    from pyroute2.netlink.generic import ipvs
+    from pyroute2.netlink.nfnetlink import ipset
+
+    del ipvs, ipset
+
+
 class Shape:
     """A message whose variable parts are left open.
 

@@ -68,7 +68,7 @@ def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> 
         spawner.network.build_topology()
         spawner.start_outside_dns()
         report(request.progress_fd, phase="network")
-        preload()
+        preload(request.proxy_mode)
         # The control process reports from here on; holding the pipe would hide its death from whoever waits.
         os.close(request.progress_fd)
         lifeline = [request.lifeline_fd] if request.lifeline_fd >= 0 else []

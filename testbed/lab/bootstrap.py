@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import IPv4Address
-from typing import Any
+from typing import Any, Final
 
 from testbed.lab.cluster_dns import dns_objects
 from testbed.model.objects import Object
@@ -13,15 +14,80 @@ KUBE_PROXY_IMAGE = "registry.k8s.io/kube-proxy:v1.30.0"
 _CONFIG_FILE = "config.conf"
 
 
+#: What kubeadm writes, in its order, so that the recipes that people apply to it work here as well, such as MetalLB's
+#: ``sed -e "s/strictARP: false/strictARP: true/"``. Source: kubeadm v1.30, `kubectl -n kube-system get cm kube-proxy -o yaml`.
+_KUBEADM: Final[Mapping[str, Any]] = {
+    "bindAddress": "0.0.0.0",
+    "bindAddressHardFail": False,
+    "clientConnection": {
+        "acceptContentTypes": "", "burst": 0, "contentType": "", "kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf", "qps": 0,
+    },
+    "clusterCIDR": "",
+    "configSyncPeriod": "0s",
+    "conntrack": {
+        "maxPerCore": None, "min": None, "tcpBeLiberal": False, "tcpCloseWaitTimeout": None, "tcpEstablishedTimeout": None,
+        "udpStreamTimeout": "0s", "udpTimeout": "0s",
+    },
+    "detectLocal": {"bridgeInterface": "", "interfaceNamePrefix": ""},
+    "detectLocalMode": "",
+    "enableProfiling": False,
+    "healthzBindAddress": "",
+    "hostnameOverride": "",
+    "iptables": {
+        "localhostNodePorts": None, "masqueradeAll": False, "masqueradeBit": None, "minSyncPeriod": "1s", "syncPeriod": "0s",
+    },
+    "ipvs": {
+        "excludeCIDRs": None, "minSyncPeriod": "0s", "scheduler": "", "strictARP": False, "syncPeriod": "0s",
+        "tcpFinTimeout": "0s", "tcpTimeout": "0s", "udpTimeout": "0s",
+    },
+    "metricsBindAddress": "",
+    "mode": "",
+    "nftables": {"masqueradeAll": False, "masqueradeBit": None, "minSyncPeriod": "1s", "syncPeriod": "0s"},
+    "nodePortAddresses": None,
+    "oomScoreAdj": None,
+    "portRange": "",
+    "showHiddenMetricsForVersion": "",
+}  # fmt: skip
+
+
 def proxy_configuration(topology: Topology, mode: str) -> dict[str, Any]:
-    """Return the KubeProxyConfiguration of a lab: the topology's fields, over what kubeadm fills in."""
-    return {
+    """Return the KubeProxyConfiguration of a lab: the topology's fields, over what kubeadm writes.
+
+    Mode iptables is '', as there.
+    """
+    document: dict[str, Any] = {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
+        **_KUBEADM,
         "clusterCIDR": str(topology.cluster.pod_cidr),
-        **topology.kube_proxy,
-        "mode": mode,
     }
+    for name, value in topology.kube_proxy.items():
+        known = document.get(name)
+        document[name] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    return {**document, "mode": "" if mode == "iptables" else mode}
+
+
+def _kubeconfig(address: IPv4Address, port: int) -> str:
+    """Return kubeconfig.conf as kubeadm writes it. Our kube-proxy uses the API's socket; people and tools read this."""
+    return f"""apiVersion: v1
+kind: Config
+clusters:
+- cluster:
+    certificate-authority: /var/run/secrets/kubernetes.io/serviceaccount/ca.crt
+    server: https://{address}:{port}
+  name: default
+contexts:
+- context:
+    cluster: default
+    namespace: default
+    user: default
+  name: default
+current-context: default
+users:
+- name: default
+  user:
+    tokenFile: /var/run/secrets/kubernetes.io/serviceaccount/token
+"""
 
 
 def system_objects(
@@ -45,7 +111,12 @@ def system_objects(
         _kubernetes_service(topology, api[1]),
         *_kubernetes_endpoints(*api),
         _object("v1", "ServiceAccount", "kube-proxy"),
-        _object("v1", "ConfigMap", "kube-proxy", data={_CONFIG_FILE: proxy_config_text}),
+        _object(
+            "v1",
+            "ConfigMap",
+            "kube-proxy",
+            data={_CONFIG_FILE: proxy_config_text, "kubeconfig.conf": _kubeconfig(*api)},
+        ),
         _kube_proxy(api_folder, iptables_backend),
         *dns_objects(topology, api_folder=api_folder),
     ]

@@ -9,7 +9,9 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 import yaml
 from aiohttp import web
@@ -101,7 +103,7 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     report(request.progress_fd, phase="api")
 
     nodes.start()
-    config = yaml.safe_dump(proxy_configuration(request.topology, request.proxy_mode), sort_keys=False)
+    config = dump_yaml(proxy_configuration(request.topology, request.proxy_mode))
     objects = system_objects(
         request.topology,
         proxy_config_text=config,
@@ -144,6 +146,20 @@ def _run_driver_after_events(store: Store, driver: ControllerDriver) -> None:
             loop.call_soon(run)
 
     store.subscribe(wake)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes '' as Kubernetes does: people edit the ConfigMap with the likes of ``sed 's/mode: ""/mode: "ipvs"/'``."""
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text else '"')
+)
+
+
+def dump_yaml(document: Mapping[str, Any]) -> str:
+    """Return a document as text, its keys sorted and '' in double quotes, as Kubernetes prints it."""
+    return str(yaml.dump(document, Dumper=_Dumper))
 
 
 async def _until_ready(store: Store, failed: asyncio.Future[None]) -> None:

@@ -627,9 +627,16 @@ def _make_layers(folder: str) -> None:
         os.makedirs(f"{folder}/{part}")
 
 
-def preload() -> None:
+def preload(proxy_mode: str) -> None:
     """Import what forked programs run: a cold import of kube-proxy would cost each node 0.3 s, shared pages cost nothing."""
     import yaml
+
+    if proxy_mode == "ipvs":  # 22 MiB, and 1.6 s in the nested kernel
+        from testbed.kernel import ipvs_node, pyroute2_messages
+        from testbed.programs import proxy_ipvs
+
+        pyroute2_messages.load()
+        del ipvs_node, proxy_ipvs, pyroute2_messages
 
     from testbed.programs import builtins, dns, kube_proxy
 

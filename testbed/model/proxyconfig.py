@@ -180,6 +180,10 @@ class _Reader:
     def seconds(self, name: str, default: float) -> float:
         return float(self._take(name, default, "a duration such as 30s", parse_duration_s))
 
+    def period(self, name: str, default: float) -> float:
+        """Return a duration that is the default when it is 0, as upstream fills them in."""
+        return self.seconds(name, default) or default
+
     def texts(self, name: str) -> tuple[str, ...]:
         def accept(value: object) -> tuple[str, ...] | None:
             return tuple(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else None
@@ -233,7 +237,7 @@ def parse_proxy_config(document: Mapping[str, Any]) -> tuple[KubeProxyConfig, tu
         node_port_addresses=_node_port_addresses(reader),
         healthz_bind_address=_host_and_port(reader, "healthzBindAddress", "0.0.0.0:10256", 10256),
         metrics_bind_address=_host_and_port(reader, "metricsBindAddress", "127.0.0.1:10249", 10249),
-        config_sync_period_s=reader.seconds("configSyncPeriod", 900.0),
+        config_sync_period_s=reader.period("configSyncPeriod", 900.0),
         iptables=_iptables_options(reader.section("iptables")),
         ipvs=_ipvs_options(reader.section("ipvs")),
         nftables=_nftables_options(reader.section("nftables")),
@@ -267,9 +271,7 @@ def _node_port_addresses(reader: _Reader) -> tuple[str, ...]:
 
 
 def _host_and_port(reader: _Reader, name: str, default: str, port: int) -> str:
-    text = reader.text(name, default)
-    if text == "":
-        return ""  # switched off
+    text = reader.text(name) or default
     host, colon, number = text.rpartition(":")
     if not colon:
         host, number = text, str(port)
@@ -312,7 +314,7 @@ def _iptables_options(reader: _Reader) -> IptablesOptions:
         masquerade_all=reader.flag("masqueradeAll"),
         masquerade_bit=_masquerade_bit(reader),
         localhost_node_ports=reader.flag("localhostNodePorts", True),
-        sync_period_s=reader.seconds("syncPeriod", 30.0),
+        sync_period_s=reader.period("syncPeriod", 30.0),
         min_sync_period_s=reader.seconds("minSyncPeriod", 1.0),
     )
     _check_periods(reader, options.sync_period_s, options.min_sync_period_s)
@@ -336,7 +338,7 @@ def _ipvs_options(reader: _Reader) -> IpvsOptions:
         scheduler=scheduler,
         strict_arp=reader.flag("strictARP"),
         exclude_cidrs=tuple(excluded),
-        sync_period_s=reader.seconds("syncPeriod", 30.0),
+        sync_period_s=reader.period("syncPeriod", 30.0),
         min_sync_period_s=reader.seconds("minSyncPeriod", 0.0),
         tcp_timeout_s=reader.seconds("tcpTimeout", 0.0),
         tcp_fin_timeout_s=reader.seconds("tcpFinTimeout", 0.0),
@@ -351,7 +353,7 @@ def _nftables_options(reader: _Reader) -> NftablesOptions:
     options = NftablesOptions(
         masquerade_all=reader.flag("masqueradeAll"),
         masquerade_bit=_masquerade_bit(reader),
-        sync_period_s=reader.seconds("syncPeriod", 30.0),
+        sync_period_s=reader.period("syncPeriod", 30.0),
         min_sync_period_s=reader.seconds("minSyncPeriod", 1.0),
     )
     _check_periods(reader, options.sync_period_s, options.min_sync_period_s)

@@ -461,8 +461,9 @@ class ProxyLoop:
         self._triggers_s += filter(None, map(_seconds_of, self._tracker.take_trigger_times()))
         addresses = tuple(self._local_addresses()) if self.config.node_port_addresses else ()
         cidrs = self._all_service_cidrs()
-        settings = self._proxier.make_settings(self._present_config(), self._node, addresses, cidrs)
+        present = self._present_config()
         try:
+            settings = self._proxier.make_settings(present, self._node, addresses, cidrs)
             report = self._proxier.sync(state, self._pending, settings)
         except KernelError as error:
             self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
@@ -687,7 +688,7 @@ def prepare_node(config: KubeProxyConfig, node: str, log: Callable[[str], None])
         "net/netfilter/nf_conntrack_udp_timeout_stream": conntrack.udp_stream_timeout_s,
     }
     settings = {name: f"{value:.0f}" for name, value in wanted.items() if value > 0}
-    if config.mode != "nftables" and needs_route_localnet(config):
+    if config.mode not in ("nftables", "ipvs") and needs_route_localnet(config):
         settings["net/ipv4/conf/all/route_localnet"] = "1"
     for name, value in settings.items():
         try:

@@ -54,6 +54,8 @@ class Node(Protocol):
 
     def remove(self, change: Change) -> Refused: ...
 
+    def close(self) -> None: ...
+
 
 class Rules(Protocol):
     """iptables; `testbed.kernel.iptables.Iptables` is the real one."""
@@ -136,6 +138,10 @@ class IpvsProxier:
 
     def require_full(self) -> None:
         self._full_due = True
+
+    def close(self) -> None:
+        """Let go of the kernel; what is programmed stays."""
+        self._node.close()
 
     def make_settings(
         self,

@@ -86,7 +86,11 @@ def _make_ipvs(config: KubeProxyConfig, runner: Runner, iptables: Iptables) -> P
     try:
         load_ipvs(config.ipvs.scheduler)
         node = IpvsNode(runner, config.hostname_override or "this node")
-        node.probe(config.ipvs.scheduler)
+        try:
+            node.probe(config.ipvs.scheduler)
+        except TestbedError:
+            node.close()
+            raise
     except TestbedError as error:
         raise MissingFeature(f"can't use the IPVS proxier: {error}") from error
     return IpvsProxier(node, iptables, config.ipvs, kernel=kernel_version(os.uname().release))
@@ -115,7 +119,7 @@ def clean_up_all(runner: Runner, backend: str = "") -> None:
         KernelError: a tool refused.
     """
     _clean_up_iptables(runner, backend)
-    _clean_up_ipvs(runner)
+    _clean_up_ipvs(runner, certainly=True)
     remove_tables(runner)
 
 
@@ -129,9 +133,13 @@ def _clean_up_iptables(runner: Runner, backend: str) -> None:
         return  # then nobody wrote anything with it
 
 
-def _clean_up_ipvs(runner: Runner) -> None:
-    """Remove IPVS's objects, if ipvs mode has left its link here; rules that look into the sets are gone by now."""
-    if link_index(DEVICE):
+def _clean_up_ipvs(runner: Runner, *, certainly: bool = False) -> None:
+    """Remove IPVS's objects; rules that look into the sets are gone by now.
+
+    All virtual servers go, whoever made them, as upstream has it. So it is only done where ipvs mode has left its link, or
+    where somebody asked for it and the kernel has IPVS.
+    """
+    if link_index(DEVICE) or (certainly and os.path.exists("/proc/thread-self/net/ip_vs")):
         from testbed.kernel.ipvs_node import clean_up_ipvs
 
         clean_up_ipvs(runner, "this node")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from testbed.vm.machine import available_memory_mib
 from testbed.vm.plan import VmRequest, choose_memory
 from testbed.vm.session import own_terminal, run_command
 
+INTERRUPTED = 128 + signal.SIGINT
 Results = list[tuple[ScenarioResult, str]]
 """Each result with the name of its lab."""
 
@@ -33,6 +35,7 @@ def run_nested(arguments: Sequence[str]) -> tuple[Results, int]:
     Raises:
         KernelError: there is no nested kernel here, or it did not boot.
         LabError: it ended without results; what is wrong has been said.
+        KeyboardInterrupt: it was interrupted.
     """
     terminal, window = own_terminal()
     request = VmRequest(
@@ -46,9 +49,12 @@ def run_nested(arguments: Sequence[str]) -> tuple[Results, int]:
         answers=True,
     )
     ended = run_command(request)
-    if not ended.answer:
-        raise LabError(f"the testbed in the nested kernel ended with status {ended.status} before any scenario did")
-    results: Results = pickle.loads(ended.answer)  # noqa: S301  # written by our own program
+    if ended.status == INTERRUPTED:
+        raise KeyboardInterrupt
+    try:
+        results: Results = pickle.loads(ended.answer)  # noqa: S301  # written by our own program
+    except (EOFError, pickle.UnpicklingError) as error:  # it ended before it had written them
+        raise LabError(f"the testbed in the nested kernel ended with status {ended.status} and no results") from error
     return results, ended.status
 
 

@@ -330,6 +330,7 @@ class Command:
             self._set_window(*wire.read_window(payload))
         elif kind == wire.SIGNAL:
             self._signal(wire.read_number(payload))
+            self.send(wire.frame(wire.GOT))
         elif kind == wire.CLOSE:
             for fd in [fd for fd, output in self._outputs.items() if output == payload]:
                 self._close_output(fd)

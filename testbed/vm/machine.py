@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import NoReturn
 
 from testbed.errors import InputError, MissingFeature
 from testbed.kernel import linux
+from testbed.kernel.pace import is_nested
 from testbed.vm.plan import VmRequest, guest_plan, uml_command
 
 PROGRAM = "linux.uml"
@@ -34,6 +36,8 @@ def check_machine() -> None:
     """
     if os.geteuid() != 0:
         raise InputError("a nested kernel needs root, to mount what it keeps in memory: run this as root, or with sudo")
+    if is_nested():
+        raise MissingFeature("this is the nested kernel already, and there is none inside it")
     missing = [program for program in (PROGRAM, "tini") if shutil.which(program) is None]
     if missing or modules_folder() is None:
         raise MissingFeature(
@@ -63,13 +67,16 @@ def available_memory_mib() -> int:
 class Machine:
     """A running nested kernel: ``line`` is our end of its serial line, ``log`` what its kernel printed."""
 
-    def __init__(self, pid: int, line: socket.socket, log: int) -> None:
+    def __init__(self, pid: int, line: socket.socket, log: int, lifeline: int) -> None:
         self._pid = pid
         self.line = line
         self._log = log
+        self._lifeline = lifeline
 
     def kernel_messages(self) -> str:
-        return os.pread(self._log, 1 << 20, 0).decode(errors="replace")
+        """Return the last of what its kernel printed, 256 KiB at most."""
+        start = max(0, os.fstat(self._log).st_size - (1 << 18))
+        return os.pread(self._log, 1 << 18, start).decode(errors="replace")
 
     def close(self) -> None:
         """End it and everything in it."""
@@ -78,6 +85,7 @@ class Machine:
         os.waitpid(self._pid, 0)
         self.line.close()
         os.close(self._log)
+        os.close(self._lifeline)
 
     def __enter__(self) -> Machine:
         return self
@@ -110,14 +118,15 @@ def start_machine(request: VmRequest) -> Machine:
     finally:
         os.close(own)
         os.close(alive)
-        os.close(lifeline)
         theirs.close()
-    return Machine(pid, ours, log)
+    return Machine(pid, ours, log, lifeline)
 
 
 def _be_first_process(request: VmRequest, plan: str, line: int, log: int, alive: int) -> NoReturn:
     try:
         linux.set_parent_death_signal(signal.SIGKILL)
+        if select.select([alive], [], [], 0)[0]:  # our parent was gone before it was asked for
+            os._exit(3)
         os.setsid()  # the terminal's signals are for our parent, who passes them on
         null = os.open(os.devnull, os.O_RDONLY)
         for source, number in ((null, 0), (log, 1), (log, 2)):

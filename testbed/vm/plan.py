@@ -20,6 +20,9 @@ _NOT_PASSED_ON = frozenset(
     {"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "INVOCATION_ID", "JOURNAL_STREAM"}
 )
 
+OWN_INSIDE = ("/dev", "/proc", "/run", "/sys")
+"""Folders that are not the host's inside."""
+
 #: rows of numbers and of addresses below a panic
 _STACK = re.compile(r"\s*(?:\[<[0-9a-f]+>\]|(?:[0-9a-f]{8,16} ?)+$|Stack:|Call Trace:)")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from testbed.errors import KernelError
+from testbed.kernel.pace import patient
 from testbed.vm import wire
 from testbed.vm.machine import Machine, start_machine
 from testbed.vm.plan import BOOT_WITHIN_S, VmRequest, explain_end, last_messages
@@ -25,6 +26,7 @@ TIMED_OUT = 124
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _END_WITHIN_S = 5.0  # for killing everything inside and writing shared folders out
+_DEAF_AFTER_S = 3.0
 _MOST_QUEUED = 1 << 20
 _CHUNK = select.PIPE_BUF  # a pipe that is ready takes this much without blocking
 
@@ -104,6 +106,7 @@ class _Relay:
         self._is_over = False
         self._reads_stdin = request.stdin
         self._under_way = 0
+        self._unheard_since = 0.0
         self._queued = {1: bytearray(), 2: bytearray()}
         self._answer = bytearray()
         self._status: int | None = None
@@ -173,10 +176,17 @@ class _Relay:
                 if self._request.terminal and self._is_up:
                     packed = fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8))
                     self._send(wire.window(*struct.unpack("HHHH", packed)[:2]))
-            elif self._is_up:
+            elif self._is_up and not self._is_deaf():
+                self._unheard_since = self._unheard_since or time.monotonic()
                 self._send(wire.number(wire.SIGNAL, number))
             else:
                 self._status = 128 + number
+                if self._is_up:
+                    self._say("the nested kernel does not answer; everything in it was ended")
+
+    def _is_deaf(self) -> bool:
+        """Say whether an earlier signal has not been taken for a while: then the next one is for us."""
+        return bool(self._unheard_since) and time.monotonic() - self._unheard_since > patient(_DEAF_AFTER_S)
 
     def _read_stdin(self) -> None:
         try:
@@ -210,6 +220,8 @@ class _Relay:
             count = wire.read_number(payload)
             self._under_way -= count
             self._reads_stdin = self._reads_stdin and bool(count)
+        elif kind == wire.GOT:
+            self._unheard_since = 0.0
         elif kind == wire.READY:
             self._is_up = True
         elif kind == wire.FAILED:

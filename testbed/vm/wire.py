@@ -7,6 +7,7 @@ A frame is one byte for its kind, four for the length, and that many bytes::
                    c nobody reads that output any more (its kind)  k time is up: end everything
     guest → host   o standard output    e standard error    t the terminal    a descriptor 3
                    u so many bytes of input were taken; 0: nobody will read any more
+                   g a signal was passed on
                    r everything is set up, the command starts      f that could not be done (text)
                    x the command has ended (status)
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import struct
 
 STDIN, STDIN_END, WINDOW, SIGNAL, CLOSE, END = b"i", b"z", b"w", b"s", b"c", b"k"
-STDOUT, STDERR, TERMINAL, ANSWER, TAKEN, READY, FAILED, EXIT = b"o", b"e", b"t", b"a", b"u", b"r", b"f", b"x"
+STDOUT, STDERR, TERMINAL, ANSWER, TAKEN, GOT, READY, FAILED, EXIT = b"o", b"e", b"t", b"a", b"u", b"g", b"r", b"f", b"x"
 
 ANSWER_FD = 3
 """Where a command that was asked for an answer writes it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -172,6 +172,20 @@ def test_backend_is_the_machines_unless_chosen(version: str, wanted: Backend) ->
 
     assert detect_backend(Versions()) is wanted
     assert detect_backend(Versions(), "nft") is Backend.NFT
+
+
+def test_backend_of_a_kernel_without_nat_in_nf_tables() -> None:
+    """Where iptables is iptables-nft and the kernel refuses its nat table, the legacy one is used (User-Mode Linux)."""
+
+    class WithoutNat:
+        def run(self, argv: Sequence[str], **_: object) -> str:
+            if "iptables-nft" in argv:
+                raise CommandError(
+                    argv, 4, "iptables v1.8.9 (nf_tables):  TABLE_ADD failed (Operation not supported): table nat"
+                )
+            return "iptables v1.8.9 (nf_tables)\n" if argv[0] == "iptables" else ""
+
+    assert detect_backend(WithoutNat()) is Backend.LEGACY
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ from proxy_support import endpoint, endpoint_slice, real_iptables, service, sett
 from testbed.api.client import ApiClient
 from testbed.dataplane.iptables import parse_installed, render_full
 from testbed.kernel.iptables import Backend, Iptables
+from testbed.kernel.modules import why_no_ipvs
 
 pytestmark = pytest.mark.root
 
@@ -271,3 +273,22 @@ def test_udp_flows_are_listed_and_deleted(node: NodeNamespace) -> None:
     out = node.run("env", f"PYTHONPATH={os.pathsep.join(sys.path)}", sys.executable, "-c", program)
     there = "127.0.0.1 5353 127.0.0.1 5353"
     assert out.splitlines() == [f"127.0.0.1 4001 {there}", f"127.0.0.1 4002 {there}", "1 0 [4002]"]
+
+
+def test_without_ip_vs_one_node_says_so_and_others_go_on(
+    api: ApiClient, tmp_path: Path, eventually: Eventually
+) -> None:
+    """On a kernel without ip_vs: status 3, a log line, an event about the Node; another node in iptables mode goes on."""
+    if not why_no_ipvs():
+        pytest.skip("this kernel has ip_vs")
+    with contextlib.ExitStack() as stack:
+        one, other = (stack.enter_context(contextlib.closing(NodeNamespace(tmp_path))) for _ in range(2))
+        start(other, Backend.LEGACY, eventually)
+        proxy = one.start_proxy(Backend.LEGACY, config={"mode": "ipvs"})
+        assert proxy.wait(_START_S) == 3
+        assert "can't use the IPVS proxier: the kernel has no IPVS (module ip_vs): `modprobe ip_vs` as root" in one.log
+        told = events(api, "FailedToStartProxy")
+        assert [(kind, name) for kind, name, _ in told] == [("Node", "node1")] and "modprobe ip_vs" in told[0][2]
+        api.create(service("web", "172.30.0.41"))
+        api.create(endpoint_slice("web", endpoint("10.180.0.1")))
+        eventually(lambda: "172.30.0.41/32" in save(other, Backend.LEGACY), within_s=_RECOVERY_S)

@@ -15,7 +15,7 @@ from testbed.dataplane.trace import Node, Packet, Verdict, parse_rules, trace
 from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.service import parse_network, parse_node
-from testbed.programs.proxy_modes import MODES, clean_up_other_modes, make_proxier
+from testbed.programs.proxy_modes import clean_up_other_modes, make_proxier
 
 pytestmark = pytest.mark.root
 
@@ -115,7 +115,7 @@ def world() -> Iterator[World]:
         yield world
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=["iptables", "nftables"])  # ipvs: test_ipvs_packets.py
 def programmed(request: pytest.FixtureRequest, world: World) -> Programmed:
     """The node in one mode after the other: each removes what the other wrote."""
     return Programmed(world, request.param)

@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,7 +28,8 @@ from testbed import __version__
 from testbed.cli.main import main
 from testbed.errors import LabError, MissingFeature
 from testbed.kernel.processes import Completed
-from testbed.manifests import find_topology, load_topology
+from testbed.manifests import find_topology, load_scenario, load_topology
+from testbed.scenario.runner import run_scenario
 
 OURS = sorted((Path(__file__).parents[2] / "topologies").glob("*.yaml"))
 MANIFEST = """\
@@ -405,6 +407,103 @@ def test_run_passes(testbed_: Testbed, labs: Labs) -> None:
         ["s", "iptables", "2/2", "passed", "0.0", "s"],
     ]
     assert not labs[0][1].kept
+
+
+NESTED_LINE = "this kernel has no y; running s in nftables in the nested kernel (testbed vm)"
+
+
+@pytest.fixture
+def nested(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A kernel that lacks something for nftables mode, and a nested one that has it: the arguments it is given."""
+    asked: list[list[str]] = []
+
+    def run_nested(arguments: Sequence[str]) -> tuple[Any, int]:
+        asked.append(list(arguments))
+        scenario = load_scenario(Path("runs"))
+        lab = RunningLab()
+        lab.programs = lambda _run: Completed(0, b"hello\n", b"")
+        result = run_scenario(scenario, "nftables", lab)
+        return [(replace(result, nested=True), "s")], 0
+
+    monkeypatch.setattr(testbed.cli.run, "why_not", lambda mode: "")
+    monkeypatch.setattr(
+        testbed.cli.run, "why_not_here", lambda mode: "this kernel has no y" if mode == "nftables" else ""
+    )
+    monkeypatch.setattr(testbed.cli.run, "check_vm", lambda: None)
+    monkeypatch.setattr(testbed.cli.run, "run_nested", run_nested)
+    return asked
+
+
+def test_run_uses_the_nested_kernel_for_what_is_missing(testbed_: Testbed, labs: Labs, nested: list[list[str]]) -> None:
+    """One line says so; only that mode is nested; the report is one, in the order of the file, and says what was nested."""
+    ended = testbed_("run", "runs")
+    assert ended.status == 0, ended.err
+    assert NESTED_LINE in ended.out.splitlines()
+    assert [how["proxy_mode"] for how, _ in labs] == ["iptables"]
+    assert nested == [["run", "runs", "--proxy-mode", "nftables", "--no-vm", "--results-fd", "3"]]
+    assert [line.split()[:3] for line in ended.out.splitlines()[-2:]] == [
+        ["s", "iptables", "2/2"],
+        ["s", "nftables", "(nested)"],
+    ]
+
+
+def test_nested_results_in_documents(testbed_: Testbed, nested: list[list[str]], tmp_path: Path) -> None:
+    """JSON, JUnit and the files of --report hold both kernels' results; progress does not get into the document."""
+    ended = testbed_("run", "runs", "-o", "json", "--report", str(tmp_path / "out"))
+    assert [(one["mode"], one["kernel"]) for one in json.loads(ended.out)["results"]] == [
+        ("iptables", "own"),
+        ("nftables", "nested"),
+    ]
+    assert NESTED_LINE in ended.err.splitlines()
+    assert nested[0][-2:] == ["-o", "json"]
+    assert json.loads((tmp_path / "out" / "scenario.json").read_text()) == json.loads(ended.out)
+    assert 'name="kernel" value="nested"' in (tmp_path / "out" / "junit.xml").read_text()
+
+
+def test_no_vm_refuses(testbed_: Testbed, nested: list[list[str]]) -> None:
+    """A mode asked for by name is refused with --no-vm; one that the file names is skipped, with the reason."""
+    ended = testbed_("run", "runs", "--no-vm", "--proxy-mode", "nftables")
+    assert (ended.status, ended.out) == (3, "")
+    assert ended.err == "error: this kernel has no y, and --no-vm keeps it out of the nested kernel\n"
+    ended = testbed_("run", "runs", "--no-vm")
+    assert ended.status == 0
+    assert "skipped: s in nftables: this kernel has no y, and --no-vm" in ended.out
+    assert not nested
+
+
+def test_no_nested_kernel_either(testbed_: Testbed, nested: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no nested kernel either, both reasons are said, with the package to install."""
+
+    def check_vm() -> None:
+        raise MissingFeature("linux.uml not found (apt-get install user-mode-linux)")
+
+    monkeypatch.setattr(testbed.cli.run, "check_vm", check_vm)
+    ended = testbed_("run", "runs", "--proxy-mode", "nftables")
+    assert (ended.status, ended.err) == (
+        3,
+        "error: this kernel has no y; linux.uml not found (apt-get install user-mode-linux)\n",
+    )
+
+
+def test_a_nested_lab_cannot_be_kept(testbed_: Testbed, nested: list[list[str]]) -> None:
+    """--keep is refused before anything runs when the last lab would end with its kernel."""
+    ended = testbed_("run", "runs", "--keep")
+    assert ended.status == 2
+    assert "--keep: the last lab, of s in nftables, is in a nested kernel that ends with this command" in ended.err
+    assert not nested
+
+
+def test_up_says_what_to_type(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`up` in a mode that this kernel lacks ends with 3 and the same command for the nested kernel."""
+    monkeypatch.setattr(testbed.scenario.modes, "why_not", lambda mode: "")
+    monkeypatch.setattr(testbed.scenario.modes, "why_not_here", lambda mode: "this kernel has no ip_vs")
+    monkeypatch.setattr(testbed.lab.start, "check_machine", lambda: None)
+    ended = testbed_("up", "my-lab", "--proxy-mode", "ipvs")
+    assert ended.status == 3
+    assert ended.err.splitlines() == [
+        "error: this kernel has no ip_vs. A lab in the nested kernel, for as long as its shell runs:",
+        "  testbed vm -- bash -c 'testbed up my-lab --proxy-mode ipvs; exec bash'",
+    ]
 
 
 def test_run_fails(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> None:

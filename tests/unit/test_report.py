@@ -173,6 +173,7 @@ def test_json() -> None:
                 "file": FILE,
                 "mode": "iptables",
                 "lab": "s-2",
+                "kernel": "own",
                 "passed": False,
                 "duration_s": 6.543,
                 "steps": [
