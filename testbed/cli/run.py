@@ -114,7 +114,7 @@ def _what_is_missing(mode: str, topology: Topology | None, use_vm: bool) -> tupl
         return "", ""
     if is_nested():
         return missing, ""
-    if mode == "nftables":
+    if mode == "nftables" and topology is not None and topology.needs_netem:
         return f"{missing}; the nested kernel, which has it, has no NAT in nf_tables", ""
     if not use_vm:
         return f"{missing}, and --no-vm keeps it out of the nested kernel", ""

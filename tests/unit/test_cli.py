@@ -427,7 +427,7 @@ def nested(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> li
 
     monkeypatch.setattr(testbed.cli.run, "why_not", lambda mode: "")
     monkeypatch.setattr(
-        testbed.cli.run, "why_not_here", lambda mode: "this kernel has no y" if mode == "nftables" else ""
+        testbed.cli.run, "why_not_here", lambda mode, *_: "this kernel has no y" if mode == "nftables" else ""
     )
     monkeypatch.setattr(testbed.cli.run, "check_vm", lambda: None)
     monkeypatch.setattr(testbed.cli.run, "run_nested", run_nested)
@@ -496,7 +496,7 @@ def test_a_nested_lab_cannot_be_kept(testbed_: Testbed, nested: list[list[str]])
 def test_up_says_what_to_type(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
     """`up` in a mode that this kernel lacks ends with 3 and the same command for the nested kernel."""
     monkeypatch.setattr(testbed.scenario.modes, "why_not", lambda mode: "")
-    monkeypatch.setattr(testbed.scenario.modes, "why_not_here", lambda mode: "this kernel has no ip_vs")
+    monkeypatch.setattr(testbed.scenario.modes, "why_not_here", lambda *_: "this kernel has no ip_vs")
     monkeypatch.setattr(testbed.lab.start, "check_machine", lambda: None)
     ended = testbed_("up", "my-lab", "--proxy-mode", "ipvs")
     assert ended.status == 3
