@@ -29,7 +29,8 @@ def check_mode(mode: str) -> str:
 def why_not(mode: str) -> str:
     """Return why a mode cannot be run, '' when it can (by this kernel or the nested one: `why_not_here`)."""
     if mode not in IMPLEMENTED:
-        return f"proxy mode {mode!r} is not built yet: this version programs {' and '.join(IMPLEMENTED)}"
+        *others, last = IMPLEMENTED
+        return f"proxy mode {mode!r} is not built yet: this version programs {', '.join(others)} and {last}"
     if mode == "nftables" and shutil.which("nft") is None:
         return "proxy mode 'nftables' needs nft, which is not installed (apt-get install nftables)"
     if mode == "ipvs" and shutil.which("ipset") is None:

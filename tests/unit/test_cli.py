@@ -258,7 +258,7 @@ def test_up_takes_only_objects_for_manifests(testbed_: Testbed, file: str) -> No
     [
         (["up", "--proxy-mode", "iptable"], 2, "there is no proxy mode 'iptable'; the modes are userspace, iptables, ipvs, nftables"),
         (["run", "runs", "--proxy-mode", "iptable"], 2, "there is no proxy mode 'iptable'; the modes are userspace, iptables, ipvs, nftables"),
-        (["run", "runs", "--proxy-mode", "userspace"], 3, "proxy mode 'userspace' is not built yet: this version programs iptables and nftables"),
+        (["run", "runs", "--proxy-mode", "userspace"], 3, "proxy mode 'userspace' is not built yet: this version programs iptables, nftables and ipvs"),
         (["run", "runs", "--report", "good.yaml/x"], 2, "cannot write reports into 'good.yaml/x': Not a directory"),
         (["exec", "node1"], 2, "nothing to run in 'node1': testbed exec node1 -- CMD..."),
         (["exec", "node1", "--"], 2, "nothing to run in 'node1': testbed exec node1 -- CMD..."),
