@@ -44,8 +44,10 @@ BOX_NAME = "debian/bookworm64"  # what the Vagrantfile asks for with libvirt on 
 TOOLS = ("debootstrap", "vagrant", "libvirtd", "virtlogd", "virsh", "qemu-system-x86_64", "qemu-img", "mkfs.ext4",
          "grub-mkimage", "slirp4netns", "rsync", "ssh", "tini", "setpriv", "unshare", "nsenter")  # fmt: skip
 MODULES = ("ip_vs", "ip_vs_rr", "ip_vs_sh", "sch_netem", "dummy")
-UP_LIMIT_S = 3600.0
-SCENARIO_LIMIT_S = 1200.0
+# For an emulated processor on a machine that is busy with other things: there apt and pip took half an hour and more.
+UP_LIMIT_S = 7200.0
+RELOAD_LIMIT_S = 1800.0
+SCENARIO_LIMIT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +266,7 @@ def _vagrant(steps: Steps, plan: Plan, scratch: Path, box: Path, enclosure: Encl
     with steps.step("vagrant up, which provisions"):
         vagrant("up", limit_s=UP_LIMIT_S, log="up")
     with steps.step("vagrant reload: what is loaded at boot"):
-        vagrant("reload", limit_s=900, log="reload")
+        vagrant("reload", limit_s=RELOAD_LIMIT_S, log="reload")
         loaded = vagrant.ssh("uname -sr; lsmod", limit_s=120, log="modules", show=False)
         steps.say(f"  {loaded.splitlines()[0]}; loaded: {', '.join(_loaded(loaded))}")
         if absent := [module for module in MODULES if module not in _loaded(loaded)]:
@@ -295,7 +297,7 @@ def _vagrant(steps: Steps, plan: Plan, scratch: Path, box: Path, enclosure: Encl
             raise StepFailed(f"the capture holds something else than 4 ICMP packets: see {steps.logs / 'capture.log'}")
         vagrant.ssh("sudo testbed down capture", limit_s=120, log="capture")
     with steps.step("vagrant provision again changes nothing"):
-        again = vagrant("provision", limit_s=900, log="provision-again")
+        again = vagrant("provision", limit_s=RELOAD_LIMIT_S, log="provision-again")
         if "writes " in again or "installing" in again:
             raise StepFailed(f"provisioning twice is not the same as once: see {steps.logs / 'provision-again.log'}")
     with steps.step("vagrant destroy, vagrant box remove"):
