@@ -119,6 +119,8 @@ def hand_over(config: pytest.Config, items: list[pytest.Item]) -> None:
         for item in marked:
             item.add_marker(skip)
         return
+    # last, as nothing is set up here for them: what the test before one of them has set up would stay for the one after it
+    items.sort(key=lambda item: item.get_closest_marker(MARKER) is not None)
     for item in marked:
         item.add_marker(pytest.mark.timeout((_timeout_of(item) or 120) * _NESTED_FACTOR + _BOOT_S), append=False)
     options = [name for name in ("--slow",) if config.getoption(name)]

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from testbed.kernel import linux
 from testbed.kernel.runner import SubprocessRunner
 
 NODE_IP, OUTSIDE, BLOCKED = "192.168.0.2", "203.0.113.2", "203.0.113.130"
@@ -71,6 +73,18 @@ class World:
     def runner(self, name: str = "node") -> SubprocessRunner:
         """Return what runs programs in a namespace."""
         return SubprocessRunner(prefix=["nsenter", f"--net=/proc/{self.pids[name]}/ns/net"])
+
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """Have this thread be in a namespace: the sockets it opens meanwhile, and the threads it starts, stay there."""
+        own, there = (os.open(f"/proc/{pid}/ns/net", os.O_RDONLY) for pid in (os.getpid(), self.pids[name]))
+        linux.setns(there, linux.CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            linux.setns(own, linux.CLONE_NEWNET)
+            os.close(own)
+            os.close(there)
 
     def ask(
         self, where: str, address: str, port: int, *, source: str = "", protocol: str = "tcp", times: int = 24

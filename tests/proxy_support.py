@@ -200,7 +200,7 @@ class FakeIptables:
 
     @staticmethod
     def _check(argv: Sequence[str], number: int, chains: Mapping[str, list[str]], refused: str) -> None:
-        known = {*chains, "ACCEPT", "DROP", "REJECT", "RETURN", "MARK", "MASQUERADE", "DNAT"}
+        known = {*chains, "ACCEPT", "DROP", "REJECT", "RETURN", "MARK", "MASQUERADE", "DNAT", "REDIRECT"}
         for rules in chains.values():
             for rule in rules:
                 words = shlex.split(rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from testbed.kernel.processes import Completed
 from testbed.model.objects import BY_KIND, Object, Resource, name_of, namespace_of
 from testbed.model.scenario import Request
 from testbed.model.topology import Topology
-from testbed.probes import Observation, Outcome, ask
+from testbed.probes import ArpAnswer, Observation, Outcome, ask, ask_arp
 
 
 class FakeApi:
@@ -75,6 +76,8 @@ class FakeLab:
         self.links: list[tuple[str, bool]] = []
         self.powers: list[tuple[str, bool]] = []
         self.signals: list[tuple[str, int]] = []
+        self.arps: list[tuple[str, IPv4Address]] = []
+        self.arp_answers: Callable[[int], Sequence[ArpAnswer]] = lambda _question: ()
         self.ended = ""
 
     def why_ended(self, *, within_s: float = 0.0) -> str:
@@ -89,10 +92,15 @@ class FakeLab:
         self.api.get("pods", namespace, name)
 
     def call(self, where: str, function: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
+        self._enter(where)
+        if function is ask_arp:
+            address, patience_s = args
+            assert timeout_s > patience_s, "it has to be let finish"
+            self.arps.append((where, address))
+            return self.arp_answers(len(self.arps))
         assert function is ask
         request, times, connect_only = args
         assert timeout_s > times * request.patience_s, "it has to be let finish"
-        self._enter(where)
         self.asked.append((where, request, times, connect_only))
         return tuple(self.answers(len(self.asked)))
 

@@ -1,6 +1,7 @@
-"""A client of the lab's API over its unix socket, from the standard library: kube-proxy and the scenario runner use it.
+"""A client of the lab's API, from the standard library: programs of the cluster and the scenario runner use it.
 
-`ApiClient` keeps one connection per thread; `Watch` has one of its own.
+It speaks over the API's unix socket, or, as `in_cluster` says, as any program in a pod does: to Service ``kubernetes``,
+with the token of its service account. `ApiClient` keeps one connection per thread; `Watch` has one of its own.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import contextlib
 import http.client
 import json
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import quote, urlencode
 
 from testbed.errors import ApiError, Cause, LabError
@@ -24,15 +28,25 @@ from testbed.model.objects import BY_KEY, BY_KIND, Object, Resource
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 #: The server closes connections that were idle for 75 s (aiohttp); we drop them sooner, so none dies under a request.
 _MAX_IDLE_S = 30.0
+ACCOUNT_FOLDER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 Applied = Literal["created", "configured", "unchanged"]
+
+
+class Server(Protocol):
+    """Where an API is and how it is spoken to; ``str()`` of it is what messages show."""
+
+    def open(self, timeout_s: float | None) -> http.client.HTTPConnection:
+        """Return a connection that connects when it is used."""
+
+    def headers(self) -> Mapping[str, str]:
+        """Return what goes with each request."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, socket_path: str, timeout_s: float | None) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._socket_path = socket_path
-        self.last_used = 0.0
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -46,11 +60,74 @@ class _UnixConnection(http.client.HTTPConnection):
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class UnixServer:
+    """The API's socket: who can open it is the administrator."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    def open(self, timeout_s: float | None) -> http.client.HTTPConnection:
+        return _UnixConnection(self.path, timeout_s)
+
+    def headers(self) -> Mapping[str, str]:
+        return {}
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    """One that notices when the other end has vanished, as a cut link makes it: a watch may be silent for hours."""
+
+    def connect(self) -> None:
+        super().connect()
+        for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+            self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterServer:
+    """The API as pods reach it. The token is read for each request: the kubelet may replace it."""
+
+    host: str
+    port: int
+    token_file: Path
+    context: ssl.SSLContext
+
+    def __str__(self) -> str:
+        return f"https://{self.host}:{self.port}"
+
+    def open(self, timeout_s: float | None) -> http.client.HTTPConnection:
+        return _TlsConnection(self.host, self.port, timeout=timeout_s, context=self.context)
+
+    def headers(self) -> Mapping[str, str]:
+        return {"Authorization": f"Bearer {self.token_file.read_text().strip()}"}
+
+
+def in_cluster(env: Mapping[str, str], folder: Path = ACCOUNT_FOLDER) -> ClusterServer:
+    """Return the API that a pod's environment and service account name.
+
+    Raises:
+        LabError: this is no pod, or one without a service account's token.
+    """
+    host, port = env.get("KUBERNETES_SERVICE_HOST", ""), env.get("KUBERNETES_SERVICE_PORT", "")
+    if not host or not port.isdigit():
+        raise LabError("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: this is no pod of a cluster")
+    try:
+        context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+        (folder / "token").read_bytes()
+    except OSError as error:
+        raise LabError(f"cannot read the service account's {error.filename or folder}: {error.strerror}") from error
+    return ClusterServer(host, int(port), folder / "token", context)
+
+
 class ApiClient:
     """What a lab's API can be asked for. Refusals are raised as ApiError, a lab that is not there as LabError."""
 
-    def __init__(self, socket_path: str, timeout_s: float = 10) -> None:
-        self._socket_path = socket_path
+    def __init__(self, server: str | Server, timeout_s: float = 10) -> None:
+        """``server``: the path of the API's socket, or another way to reach it."""
+        self._server: Server = UnixServer(server) if isinstance(server, str) else server
         self._timeout_s = patient(timeout_s)
         self._local = threading.local()
         self._discovered: dict[tuple[str, str], Resource] = {}  # by apiVersion and kind
@@ -146,7 +223,7 @@ class ApiClient:
             timeoutSeconds=str(max(1, round(timeout_s))) if timeout_s is not None else "",
             allowWatchBookmarks="true" if bookmarks else "",
         )
-        return Watch(self._socket_path, self._path(resource, namespace) + query, self._timeout_s)
+        return Watch(self._server, self._path(resource, namespace) + query, self._timeout_s)
 
     def resource_of(self, obj: Object) -> Resource:
         """Return the resource of an object; one that is not built in is asked for.
@@ -244,15 +321,16 @@ class ApiClient:
         return _decoded(status, answer)
 
     def _request(self, method: str, path: str, body: bytes | None, content_type: str) -> tuple[int, bytes]:
-        connection: _UnixConnection | None = getattr(self._local, "connection", None)
+        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = self._local.connection = _UnixConnection(self._socket_path, self._timeout_s)
-        elif time.monotonic() - connection.last_used > _MAX_IDLE_S:
+            connection = self._local.connection = self._server.open(self._timeout_s)
+        elif time.monotonic() - self._local.last_used > _MAX_IDLE_S:
             connection.close()
-        headers = {"Accept": "application/json"}
-        if body is not None:
-            headers["Content-Type"] = content_type
         try:
+            headers = {"Accept": "application/json", **self._server.headers()}
+            if body is not None:
+                headers["Content-Type"] = content_type
+            self._local.last_used = time.monotonic()
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             answer = response.read()
@@ -260,13 +338,13 @@ class ApiClient:
             connection.close()
             if isinstance(error, TimeoutError):
                 raise LabError(
-                    f"the lab's API at {self._socket_path} took over {self._timeout_s:g} s for {method} {path}"
+                    f"the lab's API at {self._server} took over {self._timeout_s:g} s for {method} {path}"
                 ) from error
-            raise LabError(f"the lab's API at {self._socket_path} broke off during {method} {path}: {error}") from error
+            raise LabError(f"the lab's API at {self._server} broke off during {method} {path}: {error}") from error
         except LabError:
             connection.close()
             raise
-        connection.last_used = time.monotonic()
+        self._local.last_used = time.monotonic()
         return response.status, answer
 
 
@@ -278,8 +356,9 @@ class Watch:
         LabError: The connection broke.
     """
 
-    def __init__(self, socket_path: str, path: str, timeout_s: float) -> None:
-        self._connection = _UnixConnection(socket_path, timeout_s)
+    def __init__(self, server: Server, path: str, timeout_s: float) -> None:
+        self._server = server
+        self._connection = server.open(timeout_s)
         self._closed = False
         self._lines = self._read(path)
 
@@ -310,7 +389,7 @@ class Watch:
 
     def _read(self, path: str) -> Iterator[tuple[str, Object]]:
         try:
-            self._connection.request("GET", path, headers={"Accept": "application/json"})
+            self._connection.request("GET", path, headers={"Accept": "application/json", **self._server.headers()})
             response = self._connection.getresponse()
             if response.status != 200:
                 _decoded(response.status, response.read())

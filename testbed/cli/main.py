@@ -340,6 +340,36 @@ def mininet_cli(lab: str | None) -> int:
 
 
 @cli.command()
+@_lab_option
+@click.argument("points", metavar="POINT...", nargs=-1, required=True)
+@click.option(
+    "-w", "--write", metavar="FILE", help="Write a pcapng file; - is standard output, for `wireshark -k -i -`."
+)
+@click.option("--filter", "filter_text", metavar="FILTER", default="", help="tcpdump's, for example 'tcp port 80'.")
+@click.option("--duration", metavar="TIME", help="End after this long, such as 500ms, 10s or 1m.")
+@click.option("--count", metavar="N", type=click.IntRange(min=1), help="End after N packets, all points together.")
+@click.option("--follow", is_flag=True, help="Tell the journey of each connection, instead of each packet.")
+@_output_option("text", "json", "mermaid")
+@click.option("--snaplen", "snap_bytes", metavar="BYTES", type=click.IntRange(64, 262144), default=262144,
+              help="Of each packet at most so much.")  # fmt: skip
+@click.option(
+    "--buffer", metavar="SIZE", help="The kernel's buffer for each point; default 16MiB, less for many points."
+)
+@click.option("--keep", metavar="SIZE", help="With -w: keep only the last packets, and write them at the end.")
+@click.option("--comments/--no-comments", default=True, help="With -w: say in each packet which connection it is of.")
+def capture(points: tuple[str, ...], filter_text: str, **options: Any) -> int:
+    """Capture packets at many points at once, and follow connections through NAT.
+
+    POINT is a node, an outside host, a pod NAMESPACE/POD, one interface WHERE:INTERFACE, svc/NAMESPACE/NAME (every place
+    where packets of that Service pass), or all. Ctrl-C ends it.
+    """
+    from testbed.cli.capture import CaptureRequest
+    from testbed.cli.capture import capture as run_capture
+
+    return run_capture(CaptureRequest(points=points, filter=filter_text, **options))
+
+
+@cli.command()
 @click.argument("scenarios", metavar="SCENARIO...", nargs=-1, required=True)
 @click.option(
     "--proxy-mode", "modes", metavar="MODE", multiple=True, help="Only this mode; may be given several times."
@@ -350,6 +380,10 @@ def mininet_cli(lab: str | None) -> int:
     "--report", "report_folder", metavar="DIR", type=click.Path(path_type=Path), help="Write reports into DIR."
 )
 @click.option("--keep", is_flag=True, help="Leave the (last) lab running.")
+@click.option(
+    "--capture/--no-capture", "record", default=True, help="With --report: keep packets of steps, and of what fails."
+)
+@click.option("--packets", type=click.Path(path_type=Path), hidden=True)  # we are the one in the nested kernel
 @click.option("--no-vm", is_flag=True, help="Refuse what this kernel cannot do, instead of using the nested one.")
 @click.option("--results-fd", type=int, hidden=True)  # we are the one in the nested kernel
 def run(
@@ -359,6 +393,8 @@ def run(
     output: str,
     report_folder: Path | None,
     keep: bool,
+    record: bool,
+    packets: Path | None,
     no_vm: bool,
     results_fd: int | None,
 ) -> int:
@@ -371,6 +407,7 @@ def run(
         output=output,
         report_folder=report_folder,
         keep=keep,
+        packets=packets or (report_folder if record else None),
         use_vm=not no_vm,
         results_fd=results_fd,
     )

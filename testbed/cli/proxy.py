@@ -17,17 +17,19 @@ from testbed.dataplane.nftables import NftablesRenderer, make_nftables_settings,
 from testbed.dataplane.trace import Fate, Node, Packet, Verdict, parse_rules, trace
 from testbed.dataplane.trace_ipvs import IpvsTracer
 from testbed.dataplane.trace_nftables import trace_nftables
+from testbed.dataplane.userspace import make_userspace_settings, render_node, stand_in_ports, trace_userspace
 from testbed.errors import InputError, MissingFeature
 from testbed.kernel.addresses import list_local_addresses
 from testbed.kernel.runner import SubprocessRunner
 from testbed.model.topology import PROXY_MODES
 from testbed.programs.kube_proxy import prepare_node, sync_once
 from testbed.programs.proxy_input import ProxyInput, read_proxy_input
-from testbed.programs.proxy_modes import MODES, clean_up_all, clean_up_other_modes
+from testbed.programs.proxy_modes import clean_up_all, clean_up_other_modes
 
 _ENDS = {
     Verdict.DROP: "dropped: the client waits until its time is over",
     Verdict.REJECT: "refused: the client is told at once (ICMP port unreachable; TCP clients see `connection refused`)",
+    Verdict.CLOSED: "accepted by kube-proxy, and closed at once: there is no endpoint",
     Verdict.ACCEPT: "let in, its destination unchanged",
     Verdict.NONE: "not kube-proxy's: no rule is about it, it goes where routing sends it",
 }
@@ -38,32 +40,47 @@ def read_input(files: Sequence[Path], node: str, mode: str | None, config: Path 
 
     Raises:
         InputError: there is no such mode, or the files are wrong.
-        MissingFeature: this version does not know the mode's rules.
     """
     if mode is not None and mode not in PROXY_MODES:
         raise InputError(f"there is no proxy mode {mode!r}; the modes are {', '.join(PROXY_MODES)}")
     found = read_proxy_input(files, node=node, mode=mode, config=config)
-    if found.config.mode not in MODES:
-        raise MissingFeature(
-            f"proxy mode {found.config.mode!r} is not built yet: this version knows {' and '.join(MODES)}"
-        )
     for warning in found.warnings:
         click.echo(str(warning), err=True)
     return found
 
 
 def render(given: ProxyInput) -> str:
-    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet; of ipvs mode, all it makes."""
+    """Return what kube-proxy sends to iptables-restore or nft on a node that has nothing yet; of ipvs mode, all it makes.
+
+    Userspace mode: the first ports of portRange stand for those that kube-proxy draws, and words where the kernel chooses.
+    """
     if given.config.mode == "nftables":
         settings = make_nftables_settings(given.config, given.node, given.addresses, given.service_cidrs)
         return render_table(given.state, settings)
     if given.config.mode == "ipvs":
         return render_document(given.state, make_ipvs_settings(given.config, given.node, given.addresses))
+    if given.config.mode == "userspace":
+        first, last = given.config.port_range or (0, 0)
+        ports = stand_in_ports(given.state, first)
+        if first and len(ports) > last - first + 1:
+            raise InputError(f"portRange {first}-{last} has too few ports for {len(ports)} Service ports")
+        where = f"drawn from {first}-{last}" if first else "chosen by the kernel"
+        note = f"# proxy ports are {where} when kube-proxy runs; these stand for them\n"
+        return note + render_node(given.state, make_userspace_settings(given.config, given.node), ports)
     return render_full(given.state, make_settings(given.config, given.node, given.addresses)).text
 
 
 def sync(given: ProxyInput, backend: str) -> int:
-    """Program the network namespace of this process once; return 0, or 3 when a Service was refused."""
+    """Program the network namespace of this process once; return 0, or 3 when a Service was refused.
+
+    Raises:
+        InputError: userspace mode: there would be nobody at the ports that the rules lead to.
+    """
+    if given.config.mode == "userspace":
+        raise InputError(
+            "userspace mode cannot be written once: its rules lead to ports that only a running kube-proxy listens on; "
+            "`testbed up --proxy-mode userspace` runs one on each node, `testbed proxy render` prints the rules"
+        )
     runner = SubprocessRunner()
     prepare_node(given.config, given.node.name, lambda line: click.echo(f"warning: {line}", err=True))
     report = sync_once(
@@ -85,6 +102,8 @@ def clean_up(backend: str) -> None:
     clean_up_all(SubprocessRunner(), backend)
 
 
+#: Stands for the proxy port of the first Service port, in walks through userspace mode's rules.
+_EXPLAIN_PORT = 40001
 _TARGET = re.compile(r"([\d.]+):(\d+)(?:/(tcp|udp|sctp))?")
 
 
@@ -126,6 +145,11 @@ def find_fate(given: ProxyInput, packet: Packet) -> Fate:
             renderer = IpvsRenderer(make_ipvs_settings(given.config, given.node, given.addresses))
             renderer.update(given.state)
             return IpvsTracer(renderer, here).trace(packet)
+        if given.config.mode == "userspace":
+            ports = stand_in_ports(given.state, _EXPLAIN_PORT)
+            text = render_node(given.state, make_userspace_settings(given.config, given.node), ports)
+            names = {int(port): name for name, port in ports.items()}
+            return trace_userspace(parse_rules(text), packet, here, given.state, names)
         return trace(parse_rules(render(given)), packet, here)
     except ValueError as error:
         raise InputError(f"cannot follow the packet: {error}") from error
@@ -160,10 +184,11 @@ def explain_text(given: ProxyInput, packet: Packet, fate: Fate) -> str:
         "",
     ]
     if fate.verdict is Verdict.ENDPOINT:
-        how = f"as scheduler {given.config.ipvs.scheduler} chooses" if given.config.mode == "ipvs" else "by chance"
+        ways = {"userspace": "in turn", "ipvs": f"as scheduler {given.config.ipvs.scheduler} chooses"}
+        how = ways.get(mode, "by chance")
         chance = f", one of {len(fate.endpoints)} {how}" if len(fate.endpoints) > 1 else ""
         lines.append(f"fate    {paint(' or '.join(fate.endpoints))}{chance}")
-        lines.append(f"source  {_seen_source(packet, fate)}")
+        lines.append(f"source  {_seen_source(packet, fate, mode)}")
     else:
         lines.append(f"fate    {paint(_ENDS[fate.verdict])}")
     return "\n".join(lines)
@@ -184,7 +209,9 @@ def _walk(rules: Sequence[str]) -> list[str]:
     return lines
 
 
-def _seen_source(packet: Packet, fate: Fate) -> str:
+def _seen_source(packet: Packet, fate: Fate, mode: str) -> str:
+    if mode == "userspace":
+        return "hidden (kube-proxy connects on its own): the endpoint sees an address of the node"
     if not fate.masquerade:
         return f"kept: the endpoint sees {packet.source}"
     if any(endpoint.startswith(f"{packet.source}:") for endpoint in fate.endpoints) and len(fate.endpoints) > 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from testbed.model.scenario import Scenario, Step
 from testbed.model.topology import Topology
 from testbed.scenario.modes import check_mode, why_not, why_not_here
 from testbed.scenario.nested import nested_arguments, run_nested, send_results
+from testbed.scenario.recorder import LabRecorder
 from testbed.scenario.report import TextReport, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
 from testbed.vm.machine import check_machine as check_vm
@@ -35,13 +37,17 @@ class _Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What `testbed run` was told, beside scenarios. ``results_fd``: we run inside, and who started us reports."""
+    """What `testbed run` was told, beside scenarios. ``results_fd``: we run inside, and who started us reports.
+
+    ``packets``: the folder where packets of steps are kept; None: they are not.
+    """
 
     modes: Sequence[str] = ()
     iptables_backend: str = ""
     output: str = "text"
     report_folder: Path | None = None
     keep: bool = False
+    packets: Path | None = None
     use_vm: bool = True
     results_fd: int | None = None
 
@@ -68,7 +74,7 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     found: dict[tuple[str, str], tuple[ScenarioResult, str]] = {}
     refused = None
     try:
-        _run_here([one for one in planned if not one.missing], backend, narrator, found, keep=options.keep)
+        _run_here([one for one in planned if not one.missing], backend, narrator, found, options)
         _run_nested([one for one in planned if one.missing], narrator, found, options)
     except TestbedError as error:  # what has been seen so far is reported all the same
         if not found:
@@ -131,11 +137,13 @@ def _key(scenario: Scenario, mode: str) -> tuple[str, str]:
 
 def _run_here(
     planned: Sequence[_Planned], backend: str, narrator: _Narrator,
-    found: dict[tuple[str, str], tuple[ScenarioResult, str]], *, keep: bool,
+    found: dict[tuple[str, str], tuple[ScenarioResult, str]], options: RunOptions,
 ) -> None:  # fmt: skip
     for number, one in enumerate(planned, 1):
         last = number == len(planned)
-        result, name, ended = _run_one(one.scenario, one.mode, backend, narrator, keep=keep and last)
+        result, name, ended = _run_one(
+            one.scenario, one.mode, backend, narrator, keep=options.keep and last, packets=options.packets
+        )
         found[_key(one.scenario, one.mode)] = result, name
         if ended:
             raise LabError(f"scenario {one.scenario.name} in {one.mode}: {ended}")
@@ -152,9 +160,9 @@ def _run_nested(
         narrator.say(f"{of_mode[0].missing}; running {names} in {mode} in the nested kernel (testbed vm)")
         arguments = nested_arguments(
             [one.path for one in of_mode], mode, iptables_backend=options.iptables_backend,
-            to_stderr=options.output != "text",
+            to_stderr=options.output != "text", packets=options.packets,
         )  # fmt: skip
-        results, status = run_nested(arguments)
+        results, status = run_nested(arguments, options.packets)
         for result, name in results:
             found[_key(result.scenario, result.mode)] = result, name
         if status not in (0, 1):
@@ -233,18 +241,33 @@ class _Narrator:
 
 
 def _run_one(
-    scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool
+    scenario: Scenario, mode: str, backend: str, narrator: _Narrator, *, keep: bool, packets: Path | None
 ) -> tuple[ScenarioResult, str, str]:  # fmt: skip
     """Return the result, the lab's name, and, when the lab ended before the scenario did, what is known of that."""
     name = _free_name(scenario.name)
     with start_lab(scenario.topology, name=name, proxy_mode=mode, iptables_backend=backend, attached=True) as lab:
         narrator.say(narrator.report.heading(scenario.name, mode, name, nested=is_nested()))
-        result = run_scenario(scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end)
+        with _recorder(packets, scenario, mode, name, narrator) as recorder:
+            result = run_scenario(
+                scenario, mode, lab, on_begin=narrator.begin, on_end=narrator.end, recorder=recorder
+            )  # fmt: skip
         ended = "" if result.passed else lab.why_ended()
         if keep and not ended:
             lab.detach()
             narrator.say(f"lab {name} is kept: `testbed exec -l {name} …`, `testbed down {name}`")
     return result, name, ended
+
+
+@contextmanager
+def _recorder(
+    folder: Path | None, scenario: Scenario, mode: str, lab: str, narrator: _Narrator
+) -> Iterator[LabRecorder | None]:  # fmt: skip
+    """Keep packets in the report folder, if there is one."""
+    if folder is None:
+        yield None
+        return
+    with LabRecorder(lab, scenario.topology, folder, f"{scenario.name}-{mode}", warn=narrator.say) as recorder:
+        yield recorder
 
 
 def _free_name(wanted: str) -> str:

@@ -42,6 +42,7 @@ class Verdict(Enum):
     DROP = "DROP"
     REJECT = "REJECT"
     ACCEPT = "ACCEPT"  # a rule lets it in, its destination unchanged
+    CLOSED = "closed"  # userspace mode: accepted, and closed at once
     NONE = "none"  # no rule is about it
 
 
@@ -106,6 +107,12 @@ class Node:
     @classmethod
     def of(cls, *addresses: str) -> Node:
         return cls(frozenset(IPv4Address(address) for address in addresses))
+
+    @property
+    def redirect_address(self) -> IPv4Address:
+        """An address that REDIRECT may lead to: of all, the link decides which that a packet came in by."""
+        own = sorted(address for address in self.addresses if address not in _LOOPBACK)
+        return own[0] if own else IPv4Address("127.0.0.1")
 
     def owns(self, address: IPv4Address) -> bool:
         return address in self.addresses or address in _LOOPBACK
@@ -198,7 +205,7 @@ def _parse_rule(line: str, words: list[str]) -> Rule:
 
 _FLAGS = frozenset({"--physdev-is-in", "--random-fully", "--reap", "--rsource", "--rdest"})
 _IGNORED = frozenset({"-m", "--comment", "--mode", "--name", "--mask", "--seconds", "--reject-with", "-c"})
-_TARGET_OPTIONS = frozenset({"--to-destination", "--set-xmark", "--or-mark", "--xor-mark", "--set-mark"})
+_TARGET_OPTIONS = frozenset({"--to-destination", "--to-ports", "--set-xmark", "--or-mark", "--xor-mark", "--set-mark"})
 
 
 def _sure(holds: bool) -> _Maybe:
@@ -314,6 +321,7 @@ _MATCHES: dict[str, Callable[[str, bool], _Match]] = {
     "--dst-type": _destination_type,
     "--src-type": _source_type,
     "--ctstate": _connection,
+    "--state": _connection,
     "--mark": _mark,
     "--probability": _chance,
     "--vproto": _virtual(0),
@@ -356,6 +364,11 @@ class Walker:
                 address, _, port = endpoint.rpartition(":")
                 moved = replace(state, endpoint=endpoint, destination=IPv4Address(address), port=int(port))
                 yield _ACCEPTED, moved
+                return
+            if rule.target == "REDIRECT":
+                port = rule.argument.split(" ", 1)[1]
+                own = self._node.redirect_address
+                yield _ACCEPTED, replace(state, endpoint=f"{own}:{port}", destination=own, port=int(port))
                 return
             if rule.target == "MASQUERADE":
                 yield _ACCEPTED, replace(state, masquerade=True)

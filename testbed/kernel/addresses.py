@@ -6,7 +6,9 @@ import array
 import fcntl
 import socket
 import struct
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface
+
+from testbed.kernel.rtnetlink import RtnetlinkSocket
 
 _SIOCGIFCONF = 0x8912
 _IFREQ_BYTES = 40  # sizeof(struct ifreq) on 64-bit Linux
@@ -27,6 +29,24 @@ def link_name(index: int) -> str:
         return socket.if_indextoname(index)
     except OSError:
         return ""
+
+
+def list_link_addresses(name: str) -> tuple[IPv4Interface, ...]:
+    """Return the addresses of a link with their prefix lengths; () when there is no link of that name."""
+    index = link_index(name)
+    with RtnetlinkSocket(f"link {name}") as netlink:
+        return tuple(address for at, address in netlink.list_addresses() if index and at == index)
+
+
+def link_towards(destination: IPv4Address) -> str:
+    """Return the link that packets to a destination leave by; '' when no route leads there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, RtnetlinkSocket(str(destination)) as netlink:
+        try:
+            probe.connect((str(destination), 9))  # sends nothing: the kernel only chooses a source address
+        except OSError:
+            return ""
+        source = IPv4Address(probe.getsockname()[0])
+        return next((link_name(index) for index, address in netlink.list_addresses() if address.ip == source), "")
 
 
 def list_local_addresses() -> tuple[IPv4Address, ...]:

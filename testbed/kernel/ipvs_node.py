@@ -211,9 +211,9 @@ class BoundAddresses:
         others: set[IPv4Address] = set()
         for link, address in self._links.list_addresses():
             if link == index:
-                bound.add(address)
+                bound.add(str(address.ip))
             else:
-                others.add(IPv4Address(address))
+                others.add(address.ip)
         return bound if index else None, frozenset(others)
 
     def binds(self, addresses: Iterable[str]) -> Sequence[tuple[object, Request]]:

@@ -31,8 +31,11 @@ MNT_DETACH = 2
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_RAISE = 2
 
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _CLONE_NUMBER = {"x86_64": 56, "aarch64": 220}.get(platform.machine(), -1)
@@ -167,10 +170,25 @@ def limit_bounding_set(mask: int) -> None:
             raise _refused(f"prctl(PR_CAPBSET_DROP, {name})")
 
 
-def set_capabilities(mask: int) -> None:
+def set_capabilities(mask: int, *, inheritable: int = 0) -> None:
     """Give up all but these capabilities; an exec by root gets back what the bounding set allows."""
-    low, high = mask & 0xFFFFFFFF, mask >> 32
+    words = [word for part in (mask, mask, inheritable) for word in (part & 0xFFFFFFFF, part >> 32)]
+    effective, permitted, inherited = words[0:2], words[2:4], words[4:6]
     header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    sets = struct.pack("=6I", low, low, 0, high, high, 0)  # effective, permitted, inheritable: low words, high words
+    sets = struct.pack("=6I", effective[0], permitted[0], inherited[0], effective[1], permitted[1], inherited[1])
     if _libc.capset(header, sets) < 0:
         raise _refused(f"capset({mask:#x})")
+
+
+def keep_capabilities() -> None:
+    """Keep the permitted capabilities over the next setuid."""
+    if _libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0) < 0:
+        raise _refused("prctl(PR_SET_KEEPCAPS)")
+
+
+def make_ambient(mask: int) -> None:
+    """Have exactly these capabilities, and let programs that this process executes have them too (capabilities(7))."""
+    set_capabilities(mask, inheritable=mask)
+    for number, name in enumerate(CAPABILITIES):
+        if mask >> number & 1 and _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0) < 0:
+            raise _refused(f"prctl(PR_CAP_AMBIENT_RAISE, {name})")

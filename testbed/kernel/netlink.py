@@ -162,12 +162,16 @@ class NetlinkSocket:
                 found.append(body)
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        packet = self._socket.recv(1 << 18)
-        offset = 0
-        while offset < len(packet):
-            length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", packet, offset)
-            yield kind, flags, sequence, packet[offset + 16 : offset + length]
-            offset += (length + 3) & ~3
+        return messages(self._socket.recv(1 << 18))
+
+
+def messages(packet: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield type, flags, sequence number and body of each message of a packet."""
+    offset = 0
+    while offset < len(packet):
+        length, kind, flags, sequence, _port = struct.unpack_from("=IHHII", packet, offset)
+        yield kind, flags, sequence, packet[offset + 16 : offset + length]
+        offset += (length + 3) & ~3
 
 
 def attributes(body: bytes) -> Iterator[tuple[int, bytes]]:

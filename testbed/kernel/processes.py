@@ -42,6 +42,8 @@ class Target:
     gid: int = 0
     groups: tuple[int, ...] = ()
     capabilities: frozenset[str] | None = None  # None: all that the caller has
+    #: What the program's file would give it, as far as ``capabilities`` allow: for users other than root.
+    file_capabilities: frozenset[str] = frozenset()
 
     def close(self) -> None:
         os.close(self.pidfd)
@@ -67,25 +69,62 @@ def fork_in(target: Target, child: Callable[[], int]) -> int:
 
     The caller's own namespaces stay as they were.
     """
+    pid = _fork_in_pid_namespace(target.pidfd, target.name)
+    if pid == 0:
+        _be_child(target, child)
+    return pid
+
+
+def spawn_in_network(
+    name: str, pidfd: int, network_fd: int, argv: Sequence[str], fds: tuple[int, int, int]
+) -> int:  # fmt: skip
+    """Start a program in a network namespace, and otherwise in ours; return its pid.
+
+    It is born in the PID namespace of another process, so that it ends with that, and it is killed when we end. It leads a
+    session of its own: a terminal's Ctrl-C is for us.
+
+    Args:
+        name: of the place, for messages.
+        pidfd: of a process of the PID namespace.
+        fds: the program's standard descriptors.
+
+    Raises:
+        NotPresent: the PID namespace is gone.
+    """
+
+    def child() -> int:
+        linux.set_parent_death_signal(signal.SIGKILL)
+        linux.setns(network_fd, linux.CLONE_NEWNET)
+        os.setsid()
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+        linux.close_range(3)
+        reset_signals()
+        return execute(argv, os.environ)
+
+    pid = _fork_in_pid_namespace(pidfd, name)
+    if pid == 0:
+        _end_with(name, child)
+    return pid
+
+
+def _fork_in_pid_namespace(pidfd: int, name: str) -> int:
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
-            linux.setns(target.pidfd, linux.CLONE_NEWPID)  # of children only: the child is born inside
+            linux.setns(pidfd, linux.CLONE_NEWPID)  # of children only: the child is born inside
         except OSError as error:
-            raise NotPresent(f"{target.name}: its process has ended ({error.strerror})") from error
+            raise NotPresent(f"{name}: its process has ended ({error.strerror})") from error
         try:
-            pid = os.fork()
+            return os.fork()
         except OSError as error:  # ENOMEM: the PID namespace's first process is gone
-            raise NotPresent(f"{target.name}: no process can start there ({error.strerror})") from error
+            raise NotPresent(f"{name}: no process can start there ({error.strerror})") from error
         finally:
             # Also in the child, where it fails: a process cannot leave its PID namespace, and it does not need to.
             with _ignore_oserror():
                 linux.setns(own, linux.CLONE_NEWPID)
     finally:
         os.close(own)
-    if pid == 0:
-        _be_child(target, child)
-    return pid
 
 
 class _ignore_oserror:  # noqa: N801  # reads as a statement; contextlib costs an import in every forked server
@@ -96,12 +135,19 @@ class _ignore_oserror:  # noqa: N801  # reads as a statement; contextlib costs a
 
 
 def _be_child(target: Target, child: Callable[[], int]) -> NoReturn:
+    def enter() -> int:
+        linux.setns(target.pidfd, linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWNET)
+        return child()
+
+    _end_with(target.name, enter)
+
+
+def _end_with(name: str, child: Callable[[], int]) -> NoReturn:
     status = 126
     try:
-        linux.setns(target.pidfd, linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWNET)
         status = child()
     except BaseException as error:
-        os.write(2, f"{target.name}: {type(error).__name__}: {error}\n".encode())
+        os.write(2, f"{name}: {type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(status)
 
@@ -117,7 +163,12 @@ def become(target: Target) -> None:
         os.setgid(target.gid)
     # Last, because all of this takes capabilities; a user other than root loses them by becoming one.
     if target.uid:
+        given = target.file_capabilities & (target.capabilities or frozenset())
+        if given:
+            linux.keep_capabilities()
         os.setuid(target.uid)
+        if given:
+            linux.make_ambient(linux.capability_mask(given))
     elif target.capabilities is not None:
         linux.set_capabilities(linux.capability_mask(target.capabilities))
 

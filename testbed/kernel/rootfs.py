@@ -46,7 +46,10 @@ class Bind:
 
 
 def write_upper(upper: str, files: Mapping[str, str]) -> None:
-    """Put files (absolute path -> text) into an overlay's upper layer, with the modes that their folders have below it."""
+    """Put files (absolute path -> text) into an overlay's upper layer, with the modes that their folders have below it.
+
+    Scripts, which begin with ``#!``, can be executed.
+    """
     for path, text in files.items():
         relative = os.path.normpath("/" + path).lstrip("/")
         folder = ""
@@ -58,6 +61,8 @@ def write_upper(upper: str, files: Mapping[str, str]) -> None:
                     os.chmod(upper + folder, stat.S_IMODE(os.stat(folder).st_mode))
         with open(f"{upper}/{relative}", "w") as file:
             file.write(text)
+            if text.startswith("#!"):
+                os.fchmod(file.fileno(), 0o755)
 
 
 def enter_root(

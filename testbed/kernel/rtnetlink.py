@@ -13,10 +13,12 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from typing import NamedTuple
 
-from testbed.kernel.netlink import NetlinkSocket, Request, attributes
+from testbed.kernel.netlink import NetlinkSocket, Request, attributes, messages
 
 _NLM_F_REPLACE, _NLM_F_EXCL, _NLM_F_CREATE = 0x100, 0x200, 0x400
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_SETLINK = 16, 17, 18, 19
@@ -32,7 +34,8 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY = 1, 4, 5
 _NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_PERMANENT = 0x80
 _NLA_F_NESTED = 0x8000
-_IFF_UP = 1
+_IFF_UP, _IFF_LOWER_UP = 1, 1 << 16
+_RTMGRP_LINK = 1
 
 LOOPBACK_INDEX = 1
 """The index of lo in every network namespace."""
@@ -46,6 +49,7 @@ class LinkState:
     name: str
     is_up: bool
     master: int
+    mac: bytes = b""
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
@@ -206,6 +210,48 @@ def delete_neighbour(index: int, address: IPv4Address) -> Request:
     return Request(_RTM_DELNEIGH, 0, body, f"delete neighbour {address}", frozenset({errno.ENOENT, errno.ENODEV}))
 
 
+class LinkEvent(NamedTuple):
+    """What has become of a link: it is there (``has_carrier``: and connected), or it is not (``deleted``)."""
+
+    name: str
+    has_carrier: bool
+    deleted: bool
+
+
+class LinkWatch:
+    """What happens to the links of the namespace that this is made in. `fileno` is readable when something has happened."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+        )
+        self._socket.bind((0, _RTMGRP_LINK))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def read(self) -> Iterator[LinkEvent]:
+        """Return what has happened; where the kernel had to leave something out, only what came after."""
+        while True:
+            try:
+                packet = self._socket.recv(1 << 18)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                continue
+            for kind, _flags, _sequence, body in messages(packet):
+                # a bridge tells of its ports with messages of its own family, also when one only leaves it
+                if kind in (_RTM_NEWLINK, _RTM_DELLINK) and body[0] == socket.AF_UNSPEC:
+                    name = dict(attributes(body[16:]))[_IFLA_IFNAME].rstrip(b"\0").decode()
+                    flags = struct.unpack_from("=I", body, 8)[0]
+                    yield LinkEvent(name, bool(flags & _IFF_LOWER_UP), kind == _RTM_DELLINK)
+
+
 class RtnetlinkSocket(NetlinkSocket):
     """Links and addresses of the namespace that it was opened in."""
 
@@ -223,16 +269,16 @@ class RtnetlinkSocket(NetlinkSocket):
             values = dict(attributes(body[16:]))
             name = values[_IFLA_IFNAME].rstrip(b"\0").decode()
             master = struct.unpack("=I", values[_IFLA_MASTER])[0] if _IFLA_MASTER in values else 0
-            found.append(LinkState(index, name, bool(flags & _IFF_UP), master))
+            found.append(LinkState(index, name, bool(flags & _IFF_UP), master, values.get(_IFLA_ADDRESS, b"")))
         return found
 
-    def list_addresses(self) -> list[tuple[int, str]]:
+    def list_addresses(self) -> list[tuple[int, IPv4Interface]]:
         """Return the index of a link and an IPv4 address that it has, for every address, whether the link is up or not."""
-        found: list[tuple[int, str]] = []
+        found: list[tuple[int, IPv4Interface]] = []
         for body in self.dump(_RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0), "list addresses"):
-            (index,) = struct.unpack_from("=I", body, 4)
+            _, length, _, _, index = struct.unpack_from("=BBBBI", body)
             values = dict(attributes(body[8:]))
             packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS)
             if packed:
-                found.append((index, socket.inet_ntoa(packed)))
+                found.append((index, IPv4Interface((packed, length))))
         return found

@@ -7,6 +7,7 @@ the sandbox and outlive containers.
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,11 @@ class SandboxSpec:
     volumes: tuple[Volume, ...] = ()
 
 
+def pod_link_name(pod_uid: str) -> str:
+    """Return the name of the node's end of a pod's link."""
+    return f"veth{hashlib.sha256(pod_uid.encode()).hexdigest()[:8]}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerSpec:
     """One start of one container.
@@ -75,6 +81,10 @@ class ContainerSpec:
     drop_capabilities: tuple[str, ...] = ()  # 'ALL' empties the set
     privileged: bool = False
     files: Mapping[str, str] = field(default_factory=dict)  # absolute path -> text, written into the fresh overlay
+    own_folders: tuple[str, ...] = ()  # folders of the image that belong to the container's user
+    file_capabilities: tuple[
+        str, ...
+    ] = ()  # of the image's program: what a user other than root gets, if it is allowed
     mounts: tuple[Mount, ...] = ()
     stdin: bool = False  # somebody may write to it; else it reads the end of the file
     tty: bool = False  # its standard streams are one terminal

@@ -106,6 +106,8 @@ def container_start(
         drop_capabilities=_names(capabilities.get("drop")),
         privileged=bool(security.get("privileged")),
         files=image.files(identity),
+        own_folders=image.own_folders,
+        file_capabilities=image.file_capabilities,
         mounts=mounts_of(container),
         stdin=bool(container.get("stdin")),
         tty=bool(container.get("tty")),

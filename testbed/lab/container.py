@@ -131,6 +131,9 @@ def _make_root(start: ContainerStart, *, proc: bool) -> None:
     upper = f"{start.folder}/upper"
     write_upper(upper, {f"/etc/{name}": text for name, text in start.sandbox.etc_files.items()})
     write_upper(upper, start.spec.files)
+    for path in start.spec.own_folders:
+        os.makedirs(upper + path, exist_ok=True)
+        os.chown(upper + path, start.spec.uid, start.spec.gid)
     enter_root(start.folder, binds=start.binds, keep=start.keep, proc=proc, privileged=start.spec.privileged)
 
 
@@ -183,7 +186,7 @@ def identity_of(name: str, spec: ContainerSpec, pidfd: int, env: Mapping[str, st
         capabilities = (linux.DEFAULT_CAPABILITIES - dropped) | added
     return Target(
         name=name, pidfd=pidfd, env=env or {}, cwd=spec.cwd, uid=spec.uid, gid=spec.gid, groups=spec.groups,
-        capabilities=capabilities,
+        capabilities=capabilities, file_capabilities=frozenset(spec.file_capabilities),
     )  # fmt: skip
 
 

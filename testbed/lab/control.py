@@ -20,7 +20,11 @@ from testbed.api.access import Tokens
 from testbed.api.server import make_app
 from testbed.api.streams import add_stream_routes
 from testbed.controllers import ControllerDriver, default_controllers, ensure_system_namespaces
+from testbed.controllers.openelb.names import WEBHOOK as OPENELB_WEBHOOK
+from testbed.controllers.openelb.webhook import EipWebhook
 from testbed.controllers.system import RootCertificatePublisher
+from testbed.dataplane.ingress.admission import WEBHOOK as INGRESS_WEBHOOK
+from testbed.dataplane.ingress.admission import IngressWebhook
 from testbed.kubelet.agent import Kubelet
 from testbed.lab.bootstrap import proxy_configuration, system_objects
 from testbed.lab.dns_wait import until_dns_answers
@@ -58,6 +62,8 @@ async def _run(request: LabRequest, spawner: socket.socket) -> None:
     endpoint = make_endpoint(request.name, request.topology)
     tokens = Tokens(endpoint.signing_key, endpoint.admin_token, now_s=time.time)
     registry.admission.mutators += [ServiceAccountAdmission(store, random.randrange), DefaultIngressClass(store)]
+    registry.admission.webhooks[OPENELB_WEBHOOK] = EipWebhook(store)
+    registry.admission.webhooks[INGRESS_WEBHOOK] = IngressWebhook(store)
     driver = ControllerDriver(
         registry,
         [

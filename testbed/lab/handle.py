@@ -184,6 +184,19 @@ class Lab(AbstractContextManager["Lab"]):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def network(self, where: str) -> int:
+        """Return a descriptor, ours to close, of the network namespace of a node, an outside host or NAMESPACE/POD.
+
+        Raises:
+            InputError: there is no such place.
+        """
+        return self._ask_with_fds("network", where=where)[1][0]
+
+    @property
+    def first_process(self) -> int:
+        """A pidfd of the lab's first process, which is readable when the lab has ended; -1 when it had before."""
+        return self._first_process
+
     def set_link(self, where: str, up: bool) -> None:
         """Plug or unplug the LAN link of a node or outside host."""
         self._ask("set_link", where=where, up=up)

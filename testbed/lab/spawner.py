@@ -11,7 +11,6 @@ containers and of execs are sent to the control process unasked, as ``(None, ("e
 from __future__ import annotations
 
 import gc
-import hashlib
 import heapq
 import os
 import selectors
@@ -29,9 +28,10 @@ from typing import Any
 
 from testbed.dataplane.outside_dns import render_outside_dnsmasq, render_outside_hosts
 from testbed.errors import InputError, KernelError, NotPresent, TestbedError
+from testbed.kernel.netns import inside_network
 from testbed.kernel.processes import Target, exec_child, exit_code, fork_in, reset_signals, session_child
 from testbed.kernel.rootfs import Bind
-from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume
+from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Mount, SandboxSpec, Volume, pod_link_name
 from testbed.lab.container import (
     ContainerStart,
     environment_of,
@@ -46,7 +46,6 @@ from testbed.lab.streams import Streams
 from testbed.lab.volumefiles import write_atomically
 from testbed.model.topology import Topology
 from testbed.underlay.holder import Holder
-from testbed.underlay.hosts import inside_network
 from testbed.underlay.network import LabNetwork, make_private_folder
 
 _OUTPUT_LIMIT = 10 * 1024  # what a kubelet keeps of a probe's output
@@ -231,10 +230,9 @@ class Spawner:
             for volume in spec.volumes:
                 self._fill_volume(sandbox, volume, volume.files)
             if spec.address is not None and spec.network is not None:
-                digest = hashlib.sha256(spec.pod_uid.encode()).hexdigest()
                 self.network.add_pod(
                     sandbox.name,
-                    f"veth{digest[:8]}",
+                    pod_link_name(spec.pod_uid),
                     node=spec.node,
                     hostname=spec.hostname,
                     address=spec.address,
@@ -572,6 +570,13 @@ class Spawner:
         hosts = [host.name for host in self.network.hosts if "/" not in host.name]
         reply({"hosts": hosts, "pods": sorted(s.name for s in self._sandboxes.values())}, ())
 
+    def do_network(self, reply: Reply, _fds: list[int], *, where: str) -> None:
+        """Answer with the network namespace of a node, an outside host or a pod NAMESPACE/POD."""
+        host = self.network.nameToNode.get(where)
+        if host is None or host.holder is None or host in self.network.switches:
+            raise InputError(f"there is no {where!r} in this lab")
+        reply(None, (host.holder.network_fd,))
+
     def do_set_link(self, reply: Reply, _fds: list[int], *, where: str, up: bool) -> None:
         self.network.set_link(where, up=up)
         reply(None, ())
@@ -639,8 +644,9 @@ def preload(proxy_mode: str) -> None:
         del ipvs_node, proxy_ipvs, pyroute2_messages
 
     from testbed.programs import builtins, dns, kube_proxy
+    from testbed.programs.openelb import speaker_main
 
-    del yaml, builtins, dns, kube_proxy
+    del yaml, builtins, dns, kube_proxy, speaker_main
 
 
 def _run_cli(network: LabNetwork) -> None:

@@ -39,6 +39,8 @@ from testbed.model.scenario import (
     RANDOM_MODES,
     AnsweredBy,
     ApplyStep,
+    ArpStep,
+    CapturePoint,
     Condition,
     DeleteStep,
     ExecStep,
@@ -148,6 +150,7 @@ class ExpectWire(Wire):
     tcp: Annotated[str, Meta(description="HOST:PORT")] | None = None
     udp: Annotated[str, Meta(description="HOST:PORT")] | None = None
     resolve: Annotated[str, Meta(description="a name to ask DNS for, or an address")] | None = None
+    arp: Annotated[str, Meta(description="an address to ask for on the LAN")] | None = None
     type: Literal["A", "AAAA", "CNAME", "MX", "NS", "PTR", "SOA", "SRV", "TXT"] | None = None
     answers: Annotated[
         list[str] | str | None, Meta(description="values of the records, or NAMESPACE/POD or NAMESPACE/label=value")
@@ -162,7 +165,9 @@ class ExpectWire(Wire):
     patience: Annotated[Duration | None, Meta(description="how long one request may take; default 1s")] = None
     status: Annotated[int, Meta(ge=100, le=599)] | None = None
     body: str | None = None
-    answered_by: PodsText | AnsweredByWire | None = None
+    answered_by: PodsText | AnsweredByWire | Annotated[list[str], Meta(description="arp: nodes and hosts")] | None = (
+        None
+    )
     sees: SeesWire | None = None
     takes: TakesWire | None = None
     refused: bool = False
@@ -186,6 +191,9 @@ class StepWire(Wire):
 
     name: Annotated[str | None, Meta(description="shown instead of a text made from the step")] = None
     modes: Annotated[list[ModeName], Meta(min_length=1, description="proxy modes it runs in")] | None = None
+    capture: Annotated[
+        list[str] | str | None, Meta(description="POINTs of `testbed capture`: their packets are kept with --report")
+    ] = None
     apply: str | list[str] | None = None
     delete: str | list[str] | dict[str, str] | None = None
     scale: ScaleWire | None = None
@@ -214,6 +222,15 @@ class ScenarioWire(Wire):
 
 
 _ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault")
+_REQUESTS = ("get", "tcp", "udp")
+_GOES_WITH: dict[str, tuple[str, ...]] = {
+    "type": ("resolve",),
+    "answers": ("resolve",),
+    "rcode": ("resolve",),
+    "server": ("resolve",),
+    "patience": (*_REQUESTS, "arp"),
+    "answeredBy": (*_REQUESTS, "arp"),
+}
 _CONDITIONS_OF: dict[str, tuple[str, ...]] = {
     "deployment": ("available", "ready", "deleted"),
     "replicaset": ("available", "ready", "deleted"),
@@ -371,6 +388,7 @@ class _Reader:
             "line": self.decoded.line(wire),
             "title": wire.name,
             "modes": modes,
+            "capture": self._capture(wire),
         }
         if wire.name is not None and not wire.name.isprintable():
             self.refuse(wire, "name", reason=f"{wire.name!r} is not one line of text")
@@ -392,6 +410,34 @@ class _Reader:
             case FaultWire() as fault:
                 return self._fault(fault, about)
         return None
+
+    def _capture(self, wire: StepWire) -> tuple[CapturePoint, ...]:
+        if wire.capture is None:
+            return ()
+        given = [wire.capture] if isinstance(wire.capture, str) else wire.capture
+        points = []
+        for index, text in enumerate(given):
+            steps = ("capture",) if isinstance(wire.capture, str) else ("capture", index)
+            if point := self._capture_point(wire, text, steps):
+                points.append(point)
+        if not given:
+            self.refuse(wire, "capture", reason="names no point")
+        return tuple(points)
+
+    def _capture_point(self, wire: StepWire, text: str, steps: tuple[str | int, ...]) -> CapturePoint | None:
+        if text == "all":
+            return CapturePoint(text)
+        if text.startswith("svc/") and text.count("/") == 2:
+            selector = self._selector(wire, _RESOURCE_BY_KIND["service"], text.removeprefix("svc/"), *steps)
+            return CapturePoint(text) if selector and selector.name else None
+        where, colon, interface = text.partition(":")
+        if colon and not re.fullmatch(r"[^\s/:]{1,15}", interface):
+            self.refuse(wire, *steps, reason=f"{text!r}: {interface!r} is not the name of an interface")
+            return None
+        if "/" not in where:
+            return CapturePoint(text) if self._is_machine(wire, where, *steps) else None
+        selector = self._selector(wire, _RESOURCE_BY_KIND["pod"], where, *steps)
+        return CapturePoint(text, selector, interface) if selector else None
 
     def _manifests(self, wire: StepWire, action: str, given: str | list[str]) -> tuple[Path, ...]:
         names = [given] if isinstance(given, str) else given
@@ -579,12 +625,14 @@ class _Reader:
 
     def _expect(
         self, wire: ExpectWire, about: dict[str, Any], modes: Sequence[str]
-    ) -> ExpectStep | ResolveStep | None:  # fmt: skip
+    ) -> ExpectStep | ResolveStep | ArpStep | None:  # fmt: skip
         where = self._place(wire, wire.from_, "from")
-        how = self._one_of(wire, ("get", "tcp", "udp", "resolve"))
-        self._check_resolve_fields(wire, how)
+        how = self._one_of(wire, ("get", "tcp", "udp", "resolve", "arp"))
+        self._check_fields(wire, how)
         if how == "resolve":
             return self._resolve(wire, where, about)
+        if how == "arp":
+            return self._arp(wire, where, about)
         request = self._request(wire, how) if how else None
         answered_by = self._answered_by(wire, modes)
         sees = self._sees(wire)
@@ -611,11 +659,15 @@ class _Reader:
             self.refuse(wire, "within", reason=reason, is_warning=True)
         return step
 
-    def _check_resolve_fields(self, wire: ExpectWire, how: str | None) -> None:
+    def _check_fields(self, wire: ExpectWire, how: str | None) -> None:
+        """Refuse fields that say nothing about what is asked."""
         if how is None:
             return
-        about_dns = {"type": wire.type, "answers": wire.answers, "rcode": wire.rcode, "server": wire.server}
-        about_requests = {
+        given = {
+            "type": wire.type,
+            "answers": wire.answers,
+            "rcode": wire.rcode,
+            "server": wire.server,
             "headers": wire.headers or None,
             "send": wire.send,
             "times": wire.times if wire.times != 1 else None,
@@ -628,10 +680,37 @@ class _Reader:
             "refused": wire.refused or None,
             "timeout": wire.timeout or None,
         }
-        for name, value in (about_requests if how == "resolve" else about_dns).items():
-            if value is not None:
-                only = "get, tcp and udp" if how == "resolve" else "resolve"
+        for name, value in given.items():
+            goes_with = _GOES_WITH.get(name, _REQUESTS)
+            if value is not None and how not in goes_with:
+                only = f"{', '.join(goes_with[:-1])} and {goes_with[-1]}" if len(goes_with) > 1 else goes_with[0]
                 self.refuse(wire, name, reason=f"goes with {only} only, not with {how}")
+
+    def _arp(self, wire: ExpectWire, where: Place | None, about: dict[str, Any]) -> ArpStep | None:
+        address = None
+        try:
+            address = parse_address(str(wire.arp))
+        except ValueError as error:
+            self.refuse(wire, "arp", reason=str(error))
+        if isinstance(where, Selector):
+            self.refuse(wire, "from", reason=f"{where} is a pod: ask on the LAN, from a node or an outside host")
+            return None
+        given = wire.answered_by
+        if given is not None and not isinstance(given, list):
+            self.refuse(wire, "answeredBy", reason="with arp it is a list of nodes and outside hosts; [] for nobody")
+            return None
+        are_known = [self._is_machine(wire, name, "answeredBy", index) for index, name in enumerate(given or ())]
+        if where is None or address is None or not all(are_known):
+            return None
+        who = "anybody" if given is None else ", ".join(given) or "nobody"
+        return ArpStep(
+            where=where,
+            address=address,
+            answered_by=None if given is None else tuple(given),
+            patience_s=DEFAULT_PATIENCE_S if wire.patience is None else float(wire.patience),
+            within_s=DEFAULT_EXPECT_WITHIN_S if wire.within is None else float(wire.within),
+            **_titled(about, f"{where} → arp {address}: answered by {who}"),
+        )
 
     def _resolve(self, wire: ExpectWire, where: Place | None, about: dict[str, Any]) -> ResolveStep | None:
         name = str(wire.resolve)
@@ -740,6 +819,11 @@ class _Reader:
         given = wire.answered_by
         if given is None:
             return None
+        if isinstance(given, list):
+            self.refuse(
+                wire, "answeredBy", reason="a list of machines goes with arp only; pods are NAMESPACE/label=value"
+            )
+            return None
         if isinstance(given, str):
             pods = self._selector(wire, _RESOURCE_BY_KIND["pod"], given, "answeredBy")
             return AnsweredBy(pods=pods) if pods else None
@@ -802,7 +886,7 @@ class _Reader:
             return text if self._is_machine(wire, text, name) else None
         return self._selector(wire, _RESOURCE_BY_KIND["pod"], text, name)
 
-    def _is_machine(self, wire: Wire, text: str, *steps: str) -> bool:
+    def _is_machine(self, wire: Wire, text: str, *steps: str | int) -> bool:
         if self.topology is None:
             return True
         known = [machine.name for machine in self.topology.machines]

@@ -32,7 +32,7 @@ from testbed.manifests.scalars import (
     PortRange,
     Rate,
 )
-from testbed.manifests.source import Document, parse_documents, read_text
+from testbed.manifests.source import Document, find_line, parse_documents, read_text
 from testbed.manifests.text import suggestion
 from testbed.model.cluster import (
     DEFAULT_DOMAIN,
@@ -43,6 +43,7 @@ from testbed.model.cluster import (
     DNS_OFFSET,
     ClusterConfig,
 )
+from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.topology import (
     DEFAULT_INTERFACE,
     DEFAULT_MAX_PODS,
@@ -249,6 +250,7 @@ class _Reader:
         links = [link for wire in self.spec.links if (link := self._link(wire))]
         self._check_one_link_each()
         self._check_outside_names(cluster)
+        self._check_kube_proxy()
         if self.decoded.problems or metadata is None or metadata.name is None:
             return None
         return Topology(
@@ -261,6 +263,16 @@ class _Reader:
             outside_dns=str(self.spec.outside_dns or ""),
             kube_proxy=self.decoded.document.value["spec"].get("kubeProxy") or {},
         )
+
+    def _check_kube_proxy(self) -> None:
+        """Check what kube-proxy itself would refuse when it starts."""
+        document = self.decoded.document
+        if self.decoded.problems or self.spec.kube_proxy is None:
+            return
+        for cause in parse_proxy_config(document.value["spec"].get("kubeProxy") or {})[1]:
+            path = f"spec.kubeProxy.{cause.field}"
+            line = find_line(document.lines, path)
+            self.decoded.problems.append(Problem(document.file, line, f"spec.kubeProxy.{cause}"))
 
     # Names
 

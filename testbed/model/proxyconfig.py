@@ -105,6 +105,8 @@ class KubeProxyConfig:
     nftables: NftablesOptions = field(default_factory=NftablesOptions)
     conntrack: ConntrackOptions = field(default_factory=ConntrackOptions)
     feature_gates: Mapping[str, bool] = field(default_factory=dict)
+    port_range: tuple[int, int] | None = None  # of proxy ports, both included; None: the kernel chooses
+    udp_idle_timeout_s: float = 0.25
 
     @property
     def sync_period_s(self) -> float:
@@ -214,9 +216,7 @@ def parse_proxy_config(document: Mapping[str, Any]) -> tuple[KubeProxyConfig, tu
     problems: list[Cause] = []
     reader = _Reader(document, "", problems)
     reader.ignore("apiVersion", "kind", "metadata", "clientConnection", "oomScoreAdj", "logging", "winkernel")
-    reader.ignore(
-        "enableProfiling", "portRange", "udpIdleTimeout", "showHiddenMetricsForVersion", "bindAddressHardFail"
-    )
+    reader.ignore("enableProfiling", "showHiddenMetricsForVersion", "bindAddressHardFail")
     mode = reader.text("mode") or "iptables"
     if mode not in MODES:
         reader.complain("mode", mode, f"must be one of {', '.join(MODES)}")
@@ -243,6 +243,8 @@ def parse_proxy_config(document: Mapping[str, Any]) -> tuple[KubeProxyConfig, tu
         nftables=_nftables_options(reader.section("nftables")),
         conntrack=_conntrack_options(reader.section("conntrack")),
         feature_gates=_feature_gates(reader),
+        port_range=_port_range(reader),
+        udp_idle_timeout_s=_udp_idle_timeout_s(reader),
     )
     detect.finish()
     reader.finish()
@@ -279,6 +281,38 @@ def _host_and_port(reader: _Reader, name: str, default: str, port: int) -> str:
         reader.complain(name, text, "must be IP:port")
         return default
     return f"{host}:{number}"
+
+
+def parse_port_range(text: str) -> tuple[int, int] | None:
+    """Return first and last port of ``LOW-HIGH``, ``LOW+COUNT_ABOVE`` or one port, or None when it is no such range.
+
+    Source: kubernetes apimachinery pkg/util/net/port_range.go.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*(?:([-+])\s*(\d+)\s*)?", text, re.ASCII)
+    if match is None:
+        return None
+    first = int(match[1])
+    last = first if match[2] is None else int(match[3]) if match[2] == "-" else first + int(match[3])
+    if match[2] == "+":
+        last = min(last, 65535)
+    return (first, last) if 0 < first <= last <= 65535 else None
+
+
+def _port_range(reader: _Reader) -> tuple[int, int] | None:
+    text = reader.text("portRange")
+    if text.strip() in ("", "0", "0-0"):
+        return None
+    found = parse_port_range(text)
+    if found is None:
+        reader.complain("portRange", text, "must be a valid port range (e.g. 300-2000)")
+    return found
+
+
+def _udp_idle_timeout_s(reader: _Reader) -> float:
+    idle_s = reader.seconds("udpIdleTimeout", 0.25)
+    if idle_s < 0:
+        reader.complain("udpIdleTimeout", f"{idle_s:g}s", "must be greater than 0")
+    return idle_s if idle_s > 0 else 0.25  # 0 means the default, and is what kubeadm writes
 
 
 def _feature_gates(reader: _Reader) -> dict[str, bool]:

@@ -45,6 +45,18 @@ Place = str | Selector
 
 
 @dataclass(frozen=True, slots=True)
+class CapturePoint:
+    """Where packets of a step are captured: ``text`` is a POINT of `testbed capture`, or ``pods`` are the places.
+
+    ``interface`` is one of each of the pods' interfaces, '' for what a pod has.
+    """
+
+    text: str
+    pods: Selector | None = None
+    interface: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectRef:
     """One object; ``resource`` is a `Resource.key`."""
 
@@ -64,6 +76,7 @@ class StepBase:
     line: int
     title: str  # for people: what is done or expected
     modes: tuple[str, ...] = ()  # proxy modes it runs in; () for all
+    capture: tuple[CapturePoint, ...] = ()  # packets there are kept in the report folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +251,17 @@ class ResolveStep(StepBase):
     within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArpStep(StepBase):
+    """Ask by ARP on the LAN for an address, and say which machines answer: exactly these, () for nobody, None for anybody."""
+
+    where: str  # a node or an outside host
+    address: IPv4Address
+    answered_by: tuple[str, ...] | None = None  # names of nodes and outside hosts
+    patience_s: float = DEFAULT_PATIENCE_S  # how long answers are waited for
+    within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once
+
+
 class FaultAction(Enum):
     """What to break, or mend."""
 
@@ -259,7 +283,18 @@ class FaultStep(StepBase):
     node: str = ""
 
 
-Step = ApplyStep | DeleteStep | ScaleStep | ExecStep | KubectlStep | WaitStep | ExpectStep | ResolveStep | FaultStep
+Step = (
+    ApplyStep
+    | DeleteStep
+    | ScaleStep
+    | ExecStep
+    | KubectlStep
+    | WaitStep
+    | ExpectStep
+    | ResolveStep
+    | ArpStep
+    | FaultStep
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

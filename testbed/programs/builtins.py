@@ -36,6 +36,18 @@ def run_builtin(name: str, args: Mapping[str, Any]) -> int:
             from testbed.programs import dns
 
             return dns.main(args["argv"], str(args["address"]))
+        case "nginx-ingress-controller":
+            from testbed.programs.ingress import main as ingress
+
+            return ingress.main(args["argv"], os.environ)
+        case "openelb-controller":
+            from testbed.programs.openelb import controller
+
+            return controller.main(args["argv"], os.environ)
+        case "openelb-speaker":
+            from testbed.programs.openelb import speaker_main
+
+            return speaker_main.main(args["argv"], os.environ)
     raise AssertionError(f"there is no program {name!r}")
 
 

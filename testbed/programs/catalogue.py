@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from testbed.errors import InputError
+from testbed.programs.ingress.files import WAIT_SHUTDOWN
 from testbed.programs.nginx import ARGV as NGINX_ARGV
 from testbed.programs.nginx import nginx_files
+from testbed.programs.openelb.gobgp import GOBGP_SCRIPT
 
 # The grammar of image references: github.com/distribution/reference, regexp.go.
 _DOMAIN = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*(?::[0-9]+)?/)?"
@@ -86,6 +88,8 @@ class Image:
     stop_signal: str = "SIGTERM"
     env: Mapping[str, str] = field(default_factory=dict)
     files: Callable[[PodInfo], Mapping[str, str]] = _no_files
+    own_folders: tuple[str, ...] = ()  # that belong to whoever the container runs as
+    file_capabilities: tuple[str, ...] = ()  # of the program's file (setcap(8)): for users other than root
     cwd: str = "/"
     uid: int = 0
     is_stand_in: bool = False
@@ -125,8 +129,11 @@ class Catalogue:
                 f'couldn\'t parse image name "{reference}": '
                 "invalid reference format"
             )
-        name = match["path"].rpartition("/")[2]
-        return self._images.get(name) or Image(
+        path = match["path"]
+        name = path.rpartition("/")[2]
+        # "controller" says nothing without the folder before it: others have images of that name too.
+        found = self._images.get("/".join(path.split("/")[-2:])) or self._images.get(name)
+        return found or Image(
             name=name,
             entrypoint=(_ECHO_PROGRAM,),
             program=_ECHO_PROGRAM,
@@ -265,6 +272,41 @@ _IMAGES: tuple[tuple[Image, tuple[str, ...]], ...] = (
             program="coredns",
             builtin="coredns",
             builtin_args=_coredns_args,
+        ),
+        (),
+    ),
+    (
+        Image(
+            name="openelb-controller",
+            entrypoint=("openelb-controller",),
+            program="openelb-controller",
+            builtin="openelb-controller",
+            builtin_args=_argv_args,
+        ),
+        (),
+    ),
+    (
+        Image(
+            name="openelb-speaker",
+            entrypoint=("openelb-speaker",),
+            program="openelb-speaker",
+            builtin="openelb-speaker",
+            builtin_args=_argv_args,
+            files=lambda pod: {"/usr/local/bin/gobgp": GOBGP_SCRIPT},
+        ),
+        (),
+    ),
+    (
+        Image(
+            name="ingress-nginx/controller",
+            cmd=("/nginx-ingress-controller",),
+            program="nginx-ingress-controller",
+            builtin="nginx-ingress-controller",
+            builtin_args=_argv_args,
+            uid=101,  # www-data of the real image
+            files=lambda pod: {"/wait-shutdown": WAIT_SHUTDOWN},
+            own_folders=("/etc/nginx",),
+            file_capabilities=("NET_BIND_SERVICE",),
         ),
         (),
     ),

@@ -47,6 +47,9 @@ from testbed.programs.proxy_command import parse_command
 from testbed.programs.proxy_events import Events
 from testbed.programs.proxy_modes import Proxier, clean_up_all, clean_up_other_modes, make_proxier
 from testbed.programs.proxy_status import ProxyHealth, ProxyMetrics
+from testbed.programs.proxy_userspace import Unserved, UserspaceProxier
+from testbed.programs.userspace_loop import Notice
+from testbed.programs.userspace_process import OPEN_FILES, set_open_files
 
 __all__ = ["ProxyLoop", "Watcher", "main", "make_proxier", "parse_command", "sync_once"]
 
@@ -287,6 +290,7 @@ class ProxyLoop:
         log: Called with one line per thing worth knowing.
         tell: Writes an event about an object: its kind (Normal, Warning), reason, message.
         on_health_checks: Called after every sync with the health-check node ports to answer on.
+        answering: Returns a state whose endpoints are who answers UDP clients, as connection tracking has it.
         clock: Measures how long a sync took.
     """
 
@@ -304,6 +308,7 @@ class ProxyLoop:
         local_addresses: Callable[[], Iterable[IPv4Address]] = list_local_addresses,
         log: Callable[[str], None] = lambda line: None,
         on_health_checks: Callable[[tuple[HealthCheck, ...], NodeView], None] = lambda checks, node: None,
+        answering: Callable[[ProxyState], ProxyState] = lambda state: state,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
@@ -320,6 +325,7 @@ class ProxyLoop:
         self._local_addresses = local_addresses
         self._log = log
         self._on_health_checks = on_health_checks
+        self._answering = answering
         self._clock = clock
         self._tracker = ChangeTracker(config.hostname_override or node)
         self._pace = Pace(config.min_sync_period_s)
@@ -334,6 +340,7 @@ class ProxyLoop:
         self._state = ProxyState(services={}, endpoints={})
         self._pending: frozenset[Any] = frozenset()
         self._refused: Mapping[Any, str] = {}
+        self._unserved: Mapping[Any, Unserved] = {}
         self._triggers_s: list[float] = []
 
     def accept(self, message: Listed | Changed, now_s: float) -> None:
@@ -482,6 +489,7 @@ class ProxyLoop:
         self._note_refused(report.refused, now_s)
         if not report.refused:
             self.health.updated(ended)
+        self._note_unserved(getattr(report, "unserved", {}), now_s)
         self._measure(report, started, ended)
 
     def _retry_later(self, now_s: float) -> None:
@@ -520,6 +528,21 @@ class ProxyLoop:
             self.metrics.count(_FAILURES.get(self.config.mode, _FAILURES["iptables"]))
             self._retry_later(now_s)
 
+    def _note_unserved(self, unserved: Mapping[Any, Unserved], now_s: float) -> None:
+        """Say which Services ask for what this mode or node cannot give; no fault of kube-proxy's, so it stays healthy."""
+        for name, problem in unserved.items():
+            if self._unserved.get(name) == problem:
+                continue
+            self._log(f"Service {name}: {problem.message}")
+            obj = self._tracker.service(name.namespace, name.name)
+            if obj is not None:
+                message = f"node {self._node.name}, port {name}: {problem.message}"
+                self._tell({"apiVersion": "v1", "kind": "Service", **obj}, "Warning", problem.reason, message)
+        self._unserved = dict(unserved)
+        if unserved:
+            self._not_before_s = now_s + self._period_s
+            self._wanted = True
+
     def _forget_flows(self, state: ProxyState) -> None:
         if not concerns_udp(self._pending):
             return
@@ -528,7 +551,8 @@ class ProxyLoop:
             old for name in self._pending if name not in state.services and (old := self._state.services.get(name))
         ]
         try:
-            stale = stale_udp_flows(self._flows.list(), state, deleted, tuple(self._local_addresses()))
+            answering = self._answering(state)
+            stale = stale_udp_flows(self._flows.list(), answering, deleted, tuple(self._local_addresses()))
             self.metrics.count("conntrack_reconciler_deleted_entries_total", self._flows.delete(stale) if stale else 0)
         except KernelError as error:
             self._log(f"forgetting UDP flows failed: {error}")
@@ -688,7 +712,7 @@ def prepare_node(config: KubeProxyConfig, node: str, log: Callable[[str], None])
         "net/netfilter/nf_conntrack_udp_timeout_stream": conntrack.udp_stream_timeout_s,
     }
     settings = {name: f"{value:.0f}" for name, value in wanted.items() if value > 0}
-    if config.mode not in ("nftables", "ipvs") and needs_route_localnet(config):
+    if config.mode not in ("nftables", "ipvs", "userspace") and needs_route_localnet(config):
         settings["net/ipv4/conf/all/route_localnet"] = "1"
     for name, value in settings.items():
         try:
@@ -769,6 +793,10 @@ def main(args: Mapping[str, Any]) -> int:
             raise LabError(f"there is no API at {args['api_socket']} (TESTBED_API_SOCKET)")
         proxier = make_proxier(config, runner, backend, lock_file=lock_file)
         clean_up_other_modes(config, runner, backend)
+        if isinstance(proxier, UserspaceProxier) and not args.get("init_only"):
+            if (most := set_open_files(OPEN_FILES)) < OPEN_FILES:
+                log(f"userspace mode wants {OPEN_FILES} file descriptors, this machine lets it have {most}")
+            proxier.start()
     except TestbedError as error:
         log(str(error))
         if isinstance(error, KernelError):
@@ -817,7 +845,16 @@ def _run_on_node(
         config, node, proxier,
         health=health, metrics=metrics, flows=KernelFlows(), links=KernelLinks(), log=log, tell=events.tell,
         on_health_checks=faces.show_health_checks,
+        answering=proxier.answering if isinstance(proxier, UserspaceProxier) else lambda state: state,
     )  # fmt: skip
+    if isinstance(proxier, UserspaceProxier):
+
+        def on_notice(notice: Notice) -> None:
+            log(notice.message)
+            if notice.kind:
+                events.tell(loop.node_object, *notice)
+
+        proxier.on_notice = on_notice
 
     def on_first_sync() -> None:
         faces.open_health()

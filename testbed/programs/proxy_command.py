@@ -43,6 +43,8 @@ _FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "pod-bridge-interface": ("detectLocal.bridgeInterface", "text"),
     "pod-interface-name-prefix": ("detectLocal.interfaceNamePrefix", "text"),
     "proxy-mode": ("mode", "text"),
+    "proxy-port-range": ("portRange", "text"),
+    "udp-timeout": ("udpIdleTimeout", "text"),
 }
 #: Known, and of no effect here: how to reach the API, logging, the process itself. True: it is a boolean flag.
 _IGNORED: Final[Mapping[str, bool]] = {

@@ -1,4 +1,4 @@
-"""Events that kube-proxy writes about its node and about Services, from a thread of its own: telling must delay no sync."""
+"""Events that programs on nodes write, from a thread of its own: telling must delay no sync and no answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from testbed.errors import ApiError, TestbedError
 from testbed.model.events import event_namespace, make_event
 from testbed.model.objects import Object
 
-_COMPONENT = "kube-proxy"
+_CONFLICTS = 5
 
 
 class EventApi(Protocol):
@@ -28,10 +28,13 @@ class EventApi(Protocol):
 class Events:
     """Writes events one after the other; one that cannot be written is logged and lost."""
 
-    def __init__(self, api: EventApi, node: str, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, api: EventApi, node: str, log: Callable[[str], None], *, component: str = "kube-proxy"
+    ) -> None:  # fmt: skip
         self._api = api
         self._node = node
         self._log = log
+        self._component = component
         self._waiting: queue.SimpleQueue[tuple[Object, str, str, str]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="events", daemon=True).start()
 
@@ -46,7 +49,7 @@ class Events:
     def write(self, obj: Object, kind: str, reason: str, message: str) -> None:
         """Create the event, or count up the one that says the same."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        event = make_event(obj, kind, reason, message, _COMPONENT, now=now, host=self._node)
+        event = make_event(obj, kind, reason, message, self._component, now=now, host=self._node)
         place = ("events", event_namespace(obj), event["metadata"]["name"])
         try:
             try:
@@ -54,8 +57,21 @@ class Events:
             except ApiError as error:
                 if error.reason != "AlreadyExists":
                     raise
-                count = int(self._api.get(*place).get("count", 1)) + 1
-                patch: dict[str, Any] = {"count": count, "lastTimestamp": now}
-                self._api.patch(*place, patch)
+                self._count_up(place, now)
         except (TestbedError, OSError) as error:
             self._log(f"event {reason} about {obj.get('kind')} {obj['metadata']['name']} is lost: {error}")
+
+    def _count_up(self, place: tuple[str, str, str], now: str) -> None:
+        for tries_left in range(_CONFLICTS, -1, -1):
+            known = self._api.get(*place)
+            patch: dict[str, Any] = {
+                "metadata": {"resourceVersion": known["metadata"]["resourceVersion"]},
+                "count": int(known.get("count", 1)) + 1,
+                "lastTimestamp": now,
+            }
+            try:
+                self._api.patch(*place, patch)
+                return
+            except ApiError as error:  # another node's program has counted in between
+                if error.code != 409 or not tries_left:
+                    raise

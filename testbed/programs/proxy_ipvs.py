@@ -33,6 +33,8 @@ from testbed.model.service import NodeView, ServicePortName
 CHECK_INTERVAL_S: Final = 60.0
 #: After so many service ports were refused, the fault is not theirs.
 _MOST_REFUSED: Final = 20
+#: Damage that so many repairs in a row did not cure is something that this kernel or a tool prints in another way.
+_MOST_REPAIRS: Final = 3
 
 
 class Node(Protocol):
@@ -125,7 +127,7 @@ class IpvsProxier:
         self._refused: dict[ServicePortName, str] = {}
         self._retiring: dict[RealServer, None] = {}
         self._next_look_s = math.inf
-        self._incurable = ""
+        self._same_damage = ("", 0)  # and how many looks in a row found it
 
     @property
     def is_full_due(self) -> bool:
@@ -284,10 +286,9 @@ class IpvsProxier:
             or ipvs_rules.find_rule_damage(self._rules, ipvs_rules.parse_installed_rules(self._iptables.save()))
             or self._node.find_wrong_setting(render_sysctls(settings, self._kernel))
         )
-        if damage == self._incurable:
-            return ""  # written anew, and it still reads so
-        self._incurable = damage
-        return damage
+        seen = self._same_damage[1] + 1 if damage == self._same_damage[0] else 1
+        self._same_damage = (damage, seen)
+        return damage if seen <= _MOST_REPAIRS else ""
 
 
 def _weight(objects: IpvsObjects, one: RealServer) -> int | None:

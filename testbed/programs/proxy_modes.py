@@ -21,8 +21,9 @@ from testbed.model.proxyconfig import KubeProxyConfig
 from testbed.model.service import NodeView
 from testbed.programs.proxy_iptables import IptablesProxier, clean_up
 from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_tables
+from testbed.programs.proxy_userspace import UserspaceProxier, clean_up_userspace
 
-MODES = ("iptables", "nftables", "ipvs")
+MODES = ("iptables", "nftables", "ipvs", "userspace")
 
 
 class Proxier(Protocol):
@@ -67,6 +68,8 @@ def make_proxier(
     if config.mode == "iptables":
         tools = Iptables(runner, detect_backend(runner, backend), **lock)
         return IptablesProxier(tools, clean_every_s=config.sync_period_s)
+    if config.mode == "userspace":
+        return UserspaceProxier(Iptables(runner, detect_backend(runner, backend), **lock), config)
     if config.mode == "nftables":
         release = os.uname().release
         check_kernel(runner, release, skip_version=bool(os.environ.get(SKIP_VERSION)))
@@ -100,7 +103,8 @@ def clean_up_other_modes(config: KubeProxyConfig, runner: Runner, backend: str =
     """Remove what another mode left that is certainly not in use.
 
     nftables mode removes what the iptables and ipvs modes wrote, these the nftables tables. iptables and ipvs share chains,
-    and leave each other's: ``kube-proxy --cleanup`` in between removes them.
+    and leave each other's: ``kube-proxy --cleanup`` in between removes them. All but userspace mode remove its rules, which
+    lead to ports that nobody listens on any more, and userspace mode removes everybody's.
 
     Raises:
         KernelError: a tool refused.
@@ -108,7 +112,12 @@ def clean_up_other_modes(config: KubeProxyConfig, runner: Runner, backend: str =
     if config.mode == "nftables":
         _clean_up_iptables(runner, backend)
         _clean_up_ipvs(runner)
+    elif config.mode == "userspace":
+        _clean_up_iptables(runner, backend, userspace=False)
+        _clean_up_ipvs(runner)
+        remove_tables(runner)
     else:
+        _clean_up_userspace(runner, backend)
         remove_tables(runner)
 
 
@@ -123,14 +132,22 @@ def clean_up_all(runner: Runner, backend: str = "") -> None:
     remove_tables(runner)
 
 
-def _clean_up_iptables(runner: Runner, backend: str) -> None:
+def _clean_up_iptables(runner: Runner, backend: str, *, userspace: bool = True) -> None:
     try:
         iptables = Iptables(runner, detect_backend(runner, backend))
         if "KUBE-" in iptables.save():
             clean_up(iptables)
             iptables.apply(render_rules_cleanup(parse_installed_rules(iptables.save())))
+            if userspace:
+                clean_up_userspace(iptables)
     except MissingFeature:
         return  # then nobody wrote anything with it
+
+
+def _clean_up_userspace(runner: Runner, backend: str) -> None:
+    iptables = Iptables(runner, detect_backend(runner, backend))
+    if "KUBE-PORTALS-" in iptables.save():
+        clean_up_userspace(iptables)
 
 
 def _clean_up_ipvs(runner: Runner, *, certainly: bool = False) -> None:

@@ -29,6 +29,8 @@ from testbed.model.service import NodeView, ServicePortName
 _STALE_CHAIN_S: Final = 1.0
 #: After so many service ports were refused, the fault is not theirs.
 _MOST_REFUSED: Final = 20
+#: Damage that so many repairs in a row did not cure is something that a tool or the kernel prints in another way.
+MOST_REPAIRS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class NftablesProxier:
         self._refused: dict[ServicePortName, str] = {}
         self._stale: dict[str, float] = {}  # emptied chains, and when
         self._generation: int | None = None  # of the kernel, when its table was as wanted
+        self._repaired = ("", 0)  # damage that a full sync was to repair, and how many looks in a row found it
         self._incurable = ""
 
     @property
@@ -180,26 +183,30 @@ class NftablesProxier:
     def find_damage(self) -> str:
         """Return in a few words what of the last sync is no longer in the kernel, or ''.
 
-        The table is only looked at when the kernel has counted a transaction that was not ours.
+        The table is only looked at when the kernel has counted a transaction that was not ours, and once after a repair.
         """
         if self._renderer is None or self._full_due:
             return ""
         generation = self._nftables.generation()
-        if generation is not None and generation == self._generation:
+        is_ours = generation is not None and generation == self._generation
+        if is_ours and not self._repaired[0]:
             return ""
         listing = self._nftables.list()
         if listing is None:
             return f"the table {nft_names.FAMILY} {nft_names.TABLE} is gone"
         found = differences(self._renderer.wanted(), parse_listing(listing), ignored_chains=self._stale)
         if not found:
-            self._generation = generation
+            self._generation, self._repaired = generation, ("", 0)
             return ""
         damage = found[0] if len(found) == 1 else f"{found[0]}, and {len(found) - 1} more"
-        if damage == self._incurable:
+        seen = self._repaired[1] + 1 if damage == self._repaired[0] else 1
+        if seen > (1 if is_ours else MOST_REPAIRS):
             # Written anew, and it still reads so: this release of nft prints it in a way we do not know.
-            self._generation = generation
+            self._incurable = damage
+        if damage == self._incurable:
+            self._generation, self._repaired = generation, ("", 0)
             return ""
-        self._incurable = damage
+        self._repaired = (damage, seen)
         return damage
 
 

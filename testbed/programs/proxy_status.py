@@ -109,7 +109,8 @@ class Histogram:
 class ProxyMetrics:
     """Counters, gauges and histograms under upstream's names."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "kubeproxy_") -> None:
+        self._prefix = prefix
         self._lock = threading.Lock()
         self._histograms: dict[str, Histogram] = {}
         self._values: dict[str, dict[str, float]] = {}
@@ -131,6 +132,11 @@ class ProxyMetrics:
             self._kinds[name] = "gauge"
             self._values.setdefault(name, {})[_labels(labels)] = value
 
+    def drop(self, name: str, **labels: str) -> None:
+        """Forget a series: what it counted is no longer there."""
+        with self._lock:
+            self._values.get(name, {}).pop(_labels(labels), None)
+
     def value(self, name: str, **labels: str) -> float:
         with self._lock:
             return self._values.get(name, {}).get(_labels(labels), 0)
@@ -146,10 +152,12 @@ class ProxyMetrics:
             lines: list[str] = []
             for name in sorted(self._values.keys() | self._histograms.keys()):
                 if name in self._histograms:
-                    lines += self._histograms[name].render(f"kubeproxy_{name}")
+                    lines += self._histograms[name].render(f"{self._prefix}{name}")
                     continue
-                lines.append(f"# TYPE kubeproxy_{name} {self._kinds[name]}")
-                lines += [f"kubeproxy_{name}{key} {value:.15g}" for key, value in sorted(self._values[name].items())]
+                lines.append(f"# TYPE {self._prefix}{name} {self._kinds[name]}")
+                lines += [
+                    f"{self._prefix}{name}{key} {value:.15g}" for key, value in sorted(self._values[name].items())
+                ]
             return "\n".join(lines) + "\n"
 
 

@@ -21,16 +21,33 @@ Results = list[tuple[ScenarioResult, str]]
 """Each result with the name of its lab."""
 
 
-def nested_arguments(paths: Sequence[Path], mode: str, *, iptables_backend: str, to_stderr: bool) -> list[str]:
+def nested_arguments(
+    paths: Sequence[Path], mode: str, *, iptables_backend: str, to_stderr: bool, packets: Path | None = None
+) -> list[str]:
     """Return the arguments of the `testbed` inside, which narrates as this one does and prints no report."""
     backend = ["--iptables-backend", iptables_backend] if iptables_backend else []
     output = ["-o", "json"] if to_stderr else []
+    kept = ["--packets", str(packets.resolve())] if packets is not None else []
     shown = [str(path) if not str(path).startswith("-") else f"./{path}" for path in paths]
-    return ["run", *shown, "--proxy-mode", mode, "--no-vm", "--results-fd", str(wire.ANSWER_FD), *backend, *output]
+    return [
+        "run",
+        *shown,
+        "--proxy-mode",
+        mode,
+        "--no-vm",
+        "--results-fd",
+        str(wire.ANSWER_FD),
+        *kept,
+        *backend,
+        *output,
+    ]
 
 
-def run_nested(arguments: Sequence[str]) -> tuple[Results, int]:
+def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Results, int]:
     """Run `testbed` with these arguments in the nested kernel; return the results, and the status it ended with.
+
+    Args:
+        shared: a folder that it may write to.
 
     Raises:
         KernelError: there is no nested kernel here, or it did not boot.
@@ -47,6 +64,7 @@ def run_nested(arguments: Sequence[str]) -> tuple[Results, int]:
         window=window,
         stdin=False,
         answers=True,
+        shares=(str(shared.resolve()),) if shared is not None else (),
     )
     ended = run_command(request)
     if ended.status == INTERRUPTED:

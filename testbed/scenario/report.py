@@ -62,6 +62,8 @@ class TextReport:
         rows.append(("file", f"{result.step.file}:{result.step.line}"))
         if result.attempts > 1:
             rows.append(("tried", f"{result.attempts} times"))
+        if result.captures:
+            rows.append(("packets", ", ".join(result.captures)))
         below = "\n" + " " * 14  # the further lines of a value start where its first one does
         shown = (f"{self._paint(f'{name:<7}', '2')} {printable(value)}".replace("\n", below) for name, value in rows)
         return "\n".join([line, *(f"      {row}" for row in shown)])
@@ -118,6 +120,7 @@ def as_dict(result: ScenarioResult, lab: str) -> dict[str, Any]:
                 "seen": step.seen,
                 "where": step.where,
                 "counts": step.counts,
+                "captures": list(step.captures),
             }
             for step in result.steps
         ],

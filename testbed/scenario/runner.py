@@ -15,11 +15,13 @@ from pathlib import Path
 from testbed.errors import ApiError, ExpectationFailed, InputError, TestbedError
 from testbed.kernel.pace import is_nested, patient
 from testbed.kernel.processes import Completed
+from testbed.kernel.rtnetlink import mac_of
 from testbed.lab.kubectl import find_kubectl
 from testbed.manifests import load_objects
 from testbed.model.objects import BY_KEY, Object, labels_of, name_of, namespace_of
 from testbed.model.scenario import (
     ApplyStep,
+    ArpStep,
     Condition,
     DeleteStep,
     ExecStep,
@@ -35,8 +37,9 @@ from testbed.model.scenario import (
     Step,
     WaitStep,
 )
-from testbed.probes import Observation, ask, dig_argv, read_dig
+from testbed.probes import Observation, ask, ask_arp, dig_argv, read_dig
 from testbed.scenario.judge import is_connection_only, judge
+from testbed.scenario.judge_arp import judge_arp
 from testbed.scenario.judge_dns import judge_resolution
 from testbed.scenario.lab import LabLike
 from testbed.scenario.objects import (
@@ -48,6 +51,7 @@ from testbed.scenario.objects import (
     ready_endpoints,
     selected,
 )
+from testbed.scenario.recorder import Recorder
 
 RETRY_EVERY_S = 0.1
 _PROGRAM_TIMEOUT_S = 60.0
@@ -89,6 +93,7 @@ class StepResult:
     where: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     observations: tuple[Observation, ...] = ()
+    captures: tuple[str, ...] = ()  # names of pcapng files in the report folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +114,16 @@ class ScenarioResult:
 def run_scenario(
     scenario: Scenario, mode: str, lab: LabLike, *, on_begin: Callable[[int, int, Step], None] = lambda *_: None,
     on_end: Callable[[StepResult, int], None] = lambda *_: None, clock: Callable[[], float] = time.monotonic,
-    pause: Callable[[float], None] = time.sleep,
+    pause: Callable[[float], None] = time.sleep, recorder: Recorder | None = None,
 ) -> ScenarioResult:  # fmt: skip
     """Run the steps of a mode, until one fails; the rest are then not run.
 
     Args:
         on_begin: called with a step's number, how many there are, and the step.
         on_end: called with each result and how many steps there are.
+        recorder: keeps the packets of steps.
     """
-    runner = _Runner(lab, mode, clock, pause)
+    runner = _Runner(lab, mode, clock, pause, recorder)
     steps = scenario.steps_for(mode)
     began = clock()
     results: list[StepResult] = []
@@ -135,14 +141,42 @@ def run_scenario(
 
 
 class _Runner:
-    def __init__(self, lab: LabLike, mode: str, clock: Callable[[], float], pause: Callable[[float], None]) -> None:
+    def __init__(
+        self, lab: LabLike, mode: str, clock: Callable[[], float], pause: Callable[[float], None], recorder: Recorder | None
+    ) -> None:  # fmt: skip
         self._lab = lab
         self._mode = mode
         self._clock = clock
         self._pause = pause
+        self._recorder = recorder
 
     def run(self, number: int, step: Step) -> StepResult:
-        """Try a step until it passes or its time is over."""
+        """Try a step until it passes or its time is over, and keep its packets."""
+        if self._recorder is None:
+            return self._run(number, step)
+        try:
+            self._recorder.begin(number, self._points(step))
+        except (TestbedError, OSError) as error:
+            return StepResult(
+                number=number, step=step, status=Status.FAILED, wanted=f"a capture at {_texts(step)}", seen=str(error)
+            )
+        result = self._run(number, step)
+        return replace(result, captures=self._recorder.end(number, failed=result.status is Status.FAILED))
+
+    def _points(self, step: Step) -> list[str]:
+        """Return the POINTs of a step's capture, with the pods that are there now."""
+        points: list[str] = []
+        for point in step.capture:
+            if point.pods is None:
+                points.append(point.text)
+                continue
+            pods = [pod_name(pod) for pod in self._pods(point.pods)]
+            if not pods:
+                raise InputError(f"there is no pod {point.pods} to capture at")
+            points += [f"{pod}:{point.interface}" if point.interface else pod for pod in sorted(pods)]
+        return points
+
+    def _run(self, number: int, step: Step) -> StepResult:
         began = self._clock()
         within_s = patient(_within_s(step))
         attempts = 0
@@ -194,6 +228,8 @@ class _Runner:
                 return self._expect(step)
             case ResolveStep():
                 return self._resolve(step)
+            case ArpStep():
+                return self._arp(step)
             case FaultStep():
                 return self._fault(step)
 
@@ -324,6 +360,14 @@ class _Runner:
             passed=verdict.passed, wanted=verdict.wanted, seen=verdict.seen, where=f"`{shlex.join(argv)}` in {where}"
         )
 
+    def _arp(self, step: ArpStep) -> Attempt:
+        patience_s = step.patience_s + _PROGRAM_TIMEOUT_S
+        answers = self._lab.call(step.where, ask_arp, step.address, step.patience_s, timeout_s=patience_s)
+        names = {mac_of(machine.address): machine.name for machine in self._lab.topology.machines}
+        verdict = judge_arp(step, answers, names)
+        where = f"arp {step.address} from {step.where}"
+        return Attempt(passed=verdict.passed, wanted=verdict.wanted, seen=verdict.seen, where=where)
+
     def _fault(self, step: FaultStep) -> Attempt:
         if step.action in (FaultAction.NODE_DOWN, FaultAction.NODE_UP):
             self._lab.set_power(step.node, step.action is FaultAction.NODE_UP)
@@ -363,11 +407,15 @@ class _Runner:
         return str(self._lab.topology.machine(who).address)
 
 
+def _texts(step: Step) -> str:
+    return ", ".join(point.text for point in step.capture)
+
+
 def _within_s(step: Step) -> float:
     """Return for how long a step is tried again; 0: once."""
     if isinstance(step, ExpectStep):
         return 0.0 if step.is_statistical else step.within_s
-    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep):
+    if isinstance(step, WaitStep | ExecStep | KubectlStep | ResolveStep | ArpStep):
         return step.within_s
     if isinstance(step, ScaleStep):
         return step.within_s or 0.0

@@ -7,14 +7,14 @@ program started by `popen` lives in all of them. What the three kinds add is the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Interface
 from typing import Any
 
 from testbed.errors import NotPresent
 from testbed.kernel import linux, sysctl
 from testbed.kernel.iptables import choose_iptables
+from testbed.kernel.netns import inside_network
 from testbed.kernel.rootfs import write_upper
 from testbed.kernel.rtnetlink import LOOPBACK_INDEX, RtnetlinkSocket, add_address, set_link
 from testbed.underlay.holder import Holder, hold_namespaces, new_namespaces
@@ -25,20 +25,6 @@ _POD_NAMESPACES = linux.CLONE_NEWNET | linux.CLONE_NEWUTS
 
 INTERFACE_INDEX = 32
 """Index of a host's first interface: above the tunnel devices that some modules put into every new namespace."""
-
-
-@contextmanager
-def inside_network(fd: int) -> Iterator[None]:
-    """Be in another network namespace for the length of a block. Only for a process with one thread."""
-    own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        linux.setns(fd, linux.CLONE_NEWNET)
-        try:
-            yield
-        finally:
-            linux.setns(own, linux.CLONE_NEWNET)
-    finally:
-        os.close(own)
 
 
 class NetlinkIntf(Intf):

@@ -13,10 +13,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from support import BUNDLED, Server, serving_world  # noqa: E402
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write what kubectl prints now into the golden files")
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A new cluster."""

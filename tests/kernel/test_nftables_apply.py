@@ -31,7 +31,7 @@ from testbed.errors import CommandError, KernelError, MissingFeature, RulesRejec
 from testbed.kernel.nftables import Nftables, check_kernel, read_generation
 from testbed.kernel.runner import Runner, SubprocessRunner
 from testbed.model.service import ServicePortName
-from testbed.programs.proxy_nftables import NftablesProxier, deletes_at_once, remove_tables
+from testbed.programs.proxy_nftables import MOST_REPAIRS, NftablesProxier, deletes_at_once, remove_tables
 
 WEB = service("web", "172.30.0.41", node_port=30080, ingress=["1.2.3.4"], sessionAffinity="ClientIP")
 DB = service("db", "172.30.0.42", ingress=["1.2.3.5"], loadBalancerSourceRanges=["203.0.113.0/25", "203.0.113.128/25"])
@@ -143,6 +143,19 @@ class TestApplier:
             assert report.full and 0 < report.payload.commands < (5 if "table" not in command else 1000)
             assert listed(table) == before
             assert proxier.find_damage() == ""
+
+    def test_the_same_damage_again(self, runner: Runner) -> None:
+        """Damage that is done a second time is found a second time, looked at in between or not."""
+        table, state, settings = kube_proxy_table(runner), state_of(SERVICES, SLICES), nftables_settings()
+        proxier = NftablesProxier(table)
+        proxier.sync(state, NOTHING, settings)
+        for looks_between in (False, True, False):
+            table.apply("flush chain ip kube-proxy services\n")
+            assert proxier.find_damage() == "chain services is changed"
+            proxier.require_full()
+            proxier.sync(state, NOTHING, settings)
+            if looks_between:
+                assert proxier.find_damage() == ""
 
     def test_partial_sync_after_somebody_elses_change(self, runner: Runner) -> None:
         """A change that the kernel refuses, because the table is no longer ours, becomes a full sync at once."""
@@ -358,10 +371,11 @@ class TestGeneration:
         table = Nftables(nft, "ip", "kube-proxy")
         proxier = NftablesProxier(table)
         proxier.sync(state, NOTHING, settings)
-        assert proxier.find_damage() == "chain masquerading is changed"
-        proxier.require_full()
-        proxier.sync(state, NOTHING, settings)
-        assert proxier.find_damage() == ""
+        for _ in range(MOST_REPAIRS):
+            assert proxier.find_damage() == "chain masquerading is changed"
+            proxier.require_full()
+            proxier.sync(state, NOTHING, settings)
+        assert proxier.find_damage() == proxier.find_damage() == ""
 
     @pytest.mark.root
     def test_kernel_counts(self) -> None:

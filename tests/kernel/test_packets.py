@@ -13,9 +13,11 @@ from testbed.dataplane.changes import ChangeTracker
 from testbed.dataplane.nft_table import parse_listing
 from testbed.dataplane.trace import Node, Packet, Verdict, parse_rules, trace
 from testbed.dataplane.trace_nftables import trace_nftables
+from testbed.dataplane.userspace import trace_userspace
 from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.service import parse_network, parse_node
 from testbed.programs.proxy_modes import clean_up_other_modes, make_proxier
+from testbed.programs.proxy_userspace import UserspaceProxier
 
 pytestmark = pytest.mark.root
 
@@ -77,6 +79,28 @@ FLOWS: list[tuple[str, str, str, str, int, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
+#: Userspace mode knows neither traffic policies nor source ranges, and does not refuse where there is nobody; otherwise the
+#: same endpoints answer. They see an address of the node, whoever asks.
+IN_USERSPACE: dict[str, tuple[str, ...]] = {
+    "policy Local: outside to NodePort": (HIDDEN_1, HIDDEN_2),
+    "policy Local: outside to load balancer": (HIDDEN_1, HIDDEN_2),
+    "policy Local, none here: outside": (HIDDEN_2,),
+    "policy Local, none here: outside to NodePort": (HIDDEN_2,),
+    "internal policy Local: pod": (HIDDEN_1, HIDDEN_2),
+    "ranges: blocked": (HIDDEN_1, HIDDEN_2),
+    "ranges: a pod is not among them": (HIDDEN_1, HIDDEN_2),
+    **dict.fromkeys((flow[0] for flow in FLOWS if flow[0].startswith("no endpoints: ")), ("",)),
+}
+
+
+def expected(mode: str, flow: str, answers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return who answers in a mode, and whose address that one sees; '' is a connection that is closed at once."""
+    if mode != "userspace":
+        return answers
+    hidden = {"pod1": HIDDEN_1, "pod2": HIDDEN_2}
+    return IN_USERSPACE.get(flow) or tuple(hidden[answer.split()[0]] for answer in answers)
+
+
 class Programmed:
     """A world whose node kube-proxy has programmed in one mode, and the rules as the kernel has them."""
 
@@ -92,7 +116,11 @@ class Programmed:
         clean_up_other_modes(config, runner, "legacy")
         proxier = make_proxier(config, runner, "legacy", own_namespace=False)
         settings = proxier.make_settings(config, parse_node(node_object()), (), [cidr])
-        assert proxier.sync(*tracker.take(), settings).refused == {}
+        state, changed = tracker.take()
+        with world.inside("node"):  # userspace mode opens ports there
+            assert proxier.sync(state, changed, settings).refused == {}
+        self._userspace = proxier if isinstance(proxier, UserspaceProxier) else None
+        self._state = state
         self._listing = runner.run(
             ["nft", "list", "table", "ip", "kube-proxy"] if mode == "nftables" else ["iptables-legacy-save"]
         )
@@ -100,13 +128,20 @@ class Programmed:
     def fate(self, packet: Packet) -> set[str]:
         """Return what the interpreter says comes back, in the words of `FLOWS` but for sources."""
         here = Node.of(NODE_IP, *(f"{ip.rpartition('.')[0]}.254" for ip in PODS.values()))
-        if self.mode == "nftables":
+        if self._userspace is not None:
+            names = {port: name for name, port in self._userspace.ports.items()}
+            fate = trace_userspace(parse_rules(self._listing), packet, here, self._state, names)
+        elif self.mode == "nftables":
             fate = trace_nftables(parse_listing(self._listing), packet, here)
         else:
             fate = trace(parse_rules(self._listing), packet, here)
         if fate.verdict is Verdict.ENDPOINT:
             return {{HERE: "pod1", THERE: "pod2"}[e.partition(":")[0]] for e in fate.endpoints}
-        return {{Verdict.DROP: "timeout", Verdict.REJECT: "refused"}[fate.verdict]}
+        return {{Verdict.DROP: "timeout", Verdict.REJECT: "refused", Verdict.CLOSED: ""}[fate.verdict]}
+
+    def close(self) -> None:
+        if self._userspace is not None:
+            self._userspace.stop()
 
 
 @pytest.fixture(scope="module")
@@ -115,28 +150,39 @@ def world() -> Iterator[World]:
         yield world
 
 
-@pytest.fixture(scope="module", params=["iptables", "nftables"])  # ipvs: test_ipvs_packets.py
-def programmed(request: pytest.FixtureRequest, world: World) -> Programmed:
+@pytest.fixture(scope="module", params=["iptables", "nftables", "userspace"])  # ipvs: test_ipvs_packets.py
+def programmed(request: pytest.FixtureRequest, world: World) -> Iterator[Programmed]:
     """The node in one mode after the other: each removes what the other wrote."""
-    return Programmed(world, request.param)
+    programmed = Programmed(world, request.param)
+    yield programmed
+    programmed.close()
 
 
 @pytest.mark.parametrize(
-    ("where", "source", "address", "port", "answers"), [pytest.param(*flow[1:], id=flow[0]) for flow in FLOWS]
+    ("flow", "where", "source", "address", "port", "answers"), [pytest.param(*flow, id=flow[0]) for flow in FLOWS]
 )
 def test_flow(
-    programmed: Programmed, where: str, source: str, address: str, port: int, answers: tuple[str, ...]
+    programmed: Programmed, flow: str, where: str, source: str, address: str, port: int, answers: tuple[str, ...]
 ) -> None:
     """The packets get where the table says, and the interpreter says so too."""
+    answers = expected(programmed.mode, flow, answers)
     protocol = "udp" if port == 30008 or address == "172.30.0.8" else "tcp"
     assert programmed.world.ask(where, address, port, source=source, protocol=protocol) == sorted(answers)
     sender = source or {"client": POD, "pod1": HERE}[where]
-    assert programmed.fate(Packet(sender, address, port, protocol)) == {answer.split()[0] for answer in answers}
+    assert programmed.fate(Packet(sender, address, port, protocol)) == {answer.partition(" ")[0] for answer in answers}
 
 
 def test_affinity(programmed: Programmed) -> None:
     """A client stays where it was sent first, from whatever port."""
     assert len(programmed.world.ask("client", "172.30.0.9", 80)) == 1
+
+
+def test_node_port_on_the_loopback(programmed: Programmed) -> None:
+    """A node reaches a NodePort at 127.0.0.1 in the modes that say so (docs/proxy-modes.md)."""
+    answers = programmed.world.ask("node", "127.0.0.1", 30001, times=6)
+    wanted = {"userspace": sorted((HIDDEN_1, HIDDEN_2)), "nftables": ["refused"]}
+    if programmed.mode in wanted:
+        assert answers == wanted[programmed.mode]
 
 
 def test_cluster_ips_are_looked_after(programmed: Programmed) -> None:

@@ -19,7 +19,7 @@ from testbed.api.paths import parse_path
 from testbed.errors import ApiError
 from testbed.model.objects import Object
 from testbed.registry.accounts import MOUNT_PATH, ServiceAccountAdmission
-from testbed.registry.admission import CONFIGURATIONS, AdmissionRequest
+from testbed.registry.admission import CONFIGURATIONS, AdmissionRequest, Denial
 
 ACCOUNT: Object = {"metadata": {"name": "web", "namespace": "dev", "uid": "u1"}}
 
@@ -180,9 +180,9 @@ def test_webhooks_are_called_while_a_configuration_names_them() -> None:
     registry = make_registry()
     asked: list[AdmissionRequest] = []
 
-    def deny(request: AdmissionRequest) -> str | None:
+    def deny(request: AdmissionRequest) -> Denial | None:
         asked.append(request)
-        return "port 80 is mine" if request.operation == "CREATE" else None
+        return Denial("port 80 is mine") if request.operation == "CREATE" else None
 
     registry.admission.webhooks["check.example.io"] = deny
     registry.create("services", service("before"))
@@ -217,7 +217,7 @@ def test_webhooks_are_called_while_a_configuration_names_them() -> None:
 def test_webhooks_that_do_not_match(webhook: dict[str, Any]) -> None:
     """Selectors, scope, group and subresource each keep a webhook out."""
     registry = make_registry()
-    registry.admission.webhooks["check.example.io"] = lambda _request: "no"
+    registry.admission.webhooks["check.example.io"] = lambda _request: Denial("no")
     registry.create(CONFIGURATIONS, configuration(**webhook))
     registry.create("services", service())
 

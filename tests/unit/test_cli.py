@@ -258,7 +258,6 @@ def test_up_takes_only_objects_for_manifests(testbed_: Testbed, file: str) -> No
     [
         (["up", "--proxy-mode", "iptable"], 2, "there is no proxy mode 'iptable'; the modes are userspace, iptables, ipvs, nftables"),
         (["run", "runs", "--proxy-mode", "iptable"], 2, "there is no proxy mode 'iptable'; the modes are userspace, iptables, ipvs, nftables"),
-        (["run", "runs", "--proxy-mode", "userspace"], 3, "proxy mode 'userspace' is not built yet: this version programs iptables, nftables and ipvs"),
         (["run", "runs", "--report", "good.yaml/x"], 2, "cannot write reports into 'good.yaml/x': Not a directory"),
         (["exec", "node1"], 2, "nothing to run in 'node1': testbed exec node1 -- CMD..."),
         (["exec", "node1", "--"], 2, "nothing to run in 'node1': testbed exec node1 -- CMD..."),
@@ -417,7 +416,7 @@ def nested(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> li
     """A kernel that lacks something for nftables mode, and a nested one that has it: the arguments it is given."""
     asked: list[list[str]] = []
 
-    def run_nested(arguments: Sequence[str]) -> tuple[Any, int]:
+    def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Any, int]:
         asked.append(list(arguments))
         scenario = load_scenario(Path("runs"))
         lab = RunningLab()

@@ -40,6 +40,34 @@ def test_values_are_read() -> None:
     assert config.feature_gates == {"ServiceTrafficDistribution": True}
 
 
+@pytest.mark.parametrize(
+    ("text", "ports"),
+    [
+        ("", None), ("0", None), ("0-0", None), ("40000-41000", (40000, 41000)), ("40000+500", (40000, 40500)),
+        ("65000+900", (65000, 65535)), (" 40000 - 40001 ", (40000, 40001)), ("40000", (40000, 40000)),
+    ],
+)  # fmt: skip
+def test_port_ranges(text: str, ports: tuple[int, int] | None) -> None:
+    """Two ports, a port and how many above it, or one; nothing leaves the choice to the kernel."""
+    config, problems = parse_proxy_config({"mode": "userspace", "portRange": text, "udpIdleTimeout": "1s"})
+    assert (problems, config.port_range, config.udp_idle_timeout_s) == ((), ports, 1.0)
+
+
+@pytest.mark.parametrize("text", ["41000-40000", "1-70000", "a-b", "-5", "1-2-3", "0-5", "40000-"])
+def test_wrong_port_ranges(text: str) -> None:
+    """The field is named, with an example."""
+    config, [problem] = parse_proxy_config({"portRange": text})
+    assert str(problem) == f"portRange: Invalid value: {text!r}: must be a valid port range (e.g. 300-2000)"
+    assert config.port_range is None
+
+
+def test_udp_idle_timeout() -> None:
+    """0 is the default, as kubeadm writes it; less is wrong."""
+    assert parse_proxy_config({"udpIdleTimeout": "0s"})[0].udp_idle_timeout_s == 0.25
+    [problem] = parse_proxy_config({"udpIdleTimeout": "-1s"})[1]
+    assert str(problem) == "udpIdleTimeout: Invalid value: '-1s': must be greater than 0"
+
+
 def test_every_problem_is_reported() -> None:
     """Wrong types, wrong values and unknown fields are all named, the latter with a suggestion."""
     _, problems = parse_proxy_config(

@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from testbed.cli.main import cli
-from testbed.errors import InputError, ManifestError, MissingFeature
+from testbed.errors import InputError, ManifestError
 
 CASES = Path(__file__).parents[1] / "golden" / "kube-proxy"
+_HIDDEN = "source  hidden (kube-proxy connects on its own): the endpoint sees an address of the node"
 LOCAL = str(CASES / "loadbalancer-local.yaml")
 
 
@@ -131,7 +132,6 @@ def test_configuration_is_checked(tmp_path: Path, config: str, message: str) -> 
         pytest.param(["--node", "node9"], InputError, "no Node 'node9' in these files; their Nodes are node1", id="node"),
         pytest.param([], InputError, "which node", id="no node"),
         pytest.param(["--node", "node1", "--mode", "ipfs"], InputError, "'ipfs'; the modes are userspace", id="mode"),
-        pytest.param(["--node", "node1", "--mode", "userspace"], MissingFeature, "is not built yet", id="mode to come"),
     ],
 )  # fmt: skip
 def test_wrong_options(words: list[str], kind: type[Exception], message: str) -> None:
@@ -181,6 +181,46 @@ def test_other_ends(case: str, target: str, end: str) -> None:
             "explain", "--mode", mode, "--node", "node1", "--from", "203.0.113.2", "--to", target, str(CASES / case)
         )
         assert text.splitlines()[-1].startswith(end)
+
+
+def test_userspace_mode(tmp_path: Path) -> None:
+    """Words stand for ports that the kernel chooses, the range's first ones for those that are drawn; sync cannot be."""
+    options = ("--mode", "userspace", "--node", "node1")
+    case = str(CASES / "nodeport.yaml")
+    text, _ = proxy("render", *options, case)
+    assert text.startswith("# proxy ports are chosen by the kernel")
+    assert "--dport 30888 -j REDIRECT --to-ports <proxy port of dev/web:http>\n" in text
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nportRange: 40000-40009\n"
+    )
+    text, _ = proxy("render", *options, "--config", str(config), case)
+    assert "--dport 30888 -j DNAT --to-destination 192.168.93.11:40000\n" in text
+    config.write_text(config.read_text().replace("40000-40009", "nine"))
+    with pytest.raises(ManifestError, match=r"c.yaml:3: portRange.*must be a valid port range"):
+        proxy("render", *options, "--config", str(config), case)
+    with pytest.raises(
+        InputError, match="cannot be written once: its rules lead to ports that only a running kube-proxy"
+    ):
+        proxy("sync", *options, case)
+
+
+@pytest.mark.parametrize(
+    ("case", "ends"),
+    [
+        pytest.param("nodeport.yaml", ["fate    10.244.1.10:80 or 10.244.2.9:80 or 10.244.3.100:80, one of 3 in turn",
+                                       _HIDDEN],
+                     id="endpoints"),
+        pytest.param("nodeport-no-endpoints.yaml", ["fate    accepted by kube-proxy, and closed at once: there is no endpoint"],
+                     id="none"),
+    ],
+)  # fmt: skip
+def test_explain_userspace_mode(case: str, ends: list[str]) -> None:
+    """A walk ends at the endpoints that take turns, or at kube-proxy itself."""
+    text, _ = proxy("explain", "--mode", "userspace", "--node", "node1", "--from", "203.0.113.2", "--to",
+                    "192.168.93.11:30888", str(CASES / case))  # fmt: skip
+    assert "-j REDIRECT --to-ports 40001" in text
+    assert text.splitlines()[-len(ends) :] == ends
 
 
 @pytest.mark.parametrize("target", ["10.96.0.1", "10.96.0.1:99999", "10.96.0.1:80/icmp", "web:80", "10.96.0.300:80"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import fields as fields_of
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,10 @@ def test_tables() -> None:
 
 def test_json() -> None:
     """One document; docs/scenario.md describes these fields."""
-    document = json.loads(json_report([(result(PASSED, FAILED, NOT_RUN), "s-2")], SKIPPED))
+    failed = replace(FAILED, captures=("s-iptables-step-2-failed.pcapng",))
+    document = json.loads(json_report([(result(PASSED, failed, NOT_RUN), "s-2")], SKIPPED))
     about = {"title": "apply web.yaml", "file": FILE, "line": 8}
-    empty = {"wanted": "", "seen": "", "where": "", "counts": {}}
+    empty = {"wanted": "", "seen": "", "where": "", "counts": {}, "captures": []}
     assert document == {
         "passed": False,
         "results": [
@@ -182,6 +184,7 @@ def test_json() -> None:
                         "number": 2, "title": "requests spread", "file": FILE, "line": 9, "status": "failed", "duration_s": 5.0,
                         "attempts": 51, "wanted": "300 answers (within 5 s)", "seen": "299 answered; 1 timed out",
                         "where": "http://10.96.0.10/ from client", "counts": {"dev/web-a": 200, "dev/web-b": 99},
+                        "captures": ["s-iptables-step-2-failed.pcapng"],
                     },
                     {"number": 3, **about, "status": "not run", "duration_s": 0.0, "attempts": 0, **empty},
                 ],

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ import pytest
 from controllers_world import World
 from scenario_world import FakeLab
 
-from testbed.errors import KernelError
+from testbed.errors import KernelError, LabError
 from testbed.kernel.processes import Completed
 from testbed.manifests import load_objects, load_scenario
 from testbed.model.objects import Object, name_of
 from testbed.model.scenario import Condition, ObjectRef, ScaleStep, Scenario, Selector, WaitStep
-from testbed.probes import Observation, Outcome
+from testbed.probes import ArpAnswer, Observation, Outcome
 from testbed.scenario.objects import describe, holds, ready_endpoints, selected
+from testbed.scenario.recorder import Recorder
 from testbed.scenario.runner import RETRY_EVERY_S, ScenarioResult, Status, StepResult, run_scenario
 
 WEB = """\
@@ -89,9 +92,11 @@ class Bench:
         """Run some steps as a scenario; time passes only while it pauses."""
         return self.run_loaded(self.load(*steps), mode)
 
-    def run_loaded(self, scenario: Scenario, mode: str = "iptables") -> ScenarioResult:
+    def run_loaded(
+        self, scenario: Scenario, mode: str = "iptables", recorder: Recorder | None = None
+    ) -> ScenarioResult:
         return run_scenario(
-            scenario, mode, self.lab, clock=lambda: self.world.now_s, pause=self.world.advance,
+            scenario, mode, self.lab, clock=lambda: self.world.now_s, pause=self.world.advance, recorder=recorder,
             on_begin=lambda number, total, step: self.began.append((number, total, step.title)),
             on_end=lambda result, total: self.ended.append((result.number, total, result.status.value)),
         )  # fmt: skip
@@ -124,6 +129,51 @@ def answered(pod: str = "", **fields: Any) -> Observation:
 
 
 REFUSED = Observation(outcome=Outcome.REFUSED, detail="Connection refused")
+
+
+class FakeRecorder:
+    """A recorder that notes what it is told, and cannot capture at ``broken``."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+        self.told: list[tuple[str, int, object]] = []
+
+    def begin(self, number: int, points: Sequence[str]) -> None:
+        if self.broken in points:
+            raise LabError(f"cannot capture: there is no point {self.broken!r}")
+        self.told.append(("begin", number, list(points)))
+
+    def end(self, number: int, *, failed: bool) -> tuple[str, ...]:
+        self.told.append(("end", number, failed))
+        return (f"step-{number}.pcapng",)
+
+
+# ── packets of steps ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_recorder_is_told_of_every_step_and_its_points(bench: Bench) -> None:
+    """Pods of a capture are those that are there when the step begins; a step's tries are one recording."""
+    bench.prepare()
+    recorder = FakeRecorder()
+    steps = bench.load(
+        "apply: [web.yaml, admin.yaml]",
+        "{wait: {deployment: dev/web, for: available}, capture: [node1, 'dev/app=web:eth0', svc/dev/web]}",
+    )
+    result = bench.run_loaded(steps, recorder=recorder)
+    assert recorder.told == [
+        ("begin", 1, []), ("end", 1, False),
+        ("begin", 2, ["node1", *(f"{pod}:eth0" for pod in bench.pods()), "svc/dev/web"]), ("end", 2, False),
+    ]  # fmt: skip
+    assert [step.captures for step in result.steps] == [("step-1.pcapng",), ("step-2.pcapng",)]
+
+
+def test_a_capture_that_cannot_be_made_fails_its_step(bench: Bench) -> None:
+    """Whoever asks for packets is not left without them silently; the step is not tried."""
+    result = bench.run_loaded(bench.load("{apply: web.yaml, capture: node1}"), recorder=FakeRecorder("node1"))
+    assert result.steps[0].status is Status.FAILED and result.steps[0].attempts == 0
+    assert (result.steps[0].wanted, result.steps[0].seen) == (
+        "a capture at node1", "cannot capture: there is no point 'node1'",
+    )  # fmt: skip
 
 
 # ── the whole run ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -703,3 +753,46 @@ def test_names_are_asked_for_where_the_step_says(bench: Bench) -> None:
     assert result.steps[-1].wanted == "NOERROR: 10.9.9.9 (within 1 s)"
     assert result.steps[-1].seen == f"NOERROR: {', '.join(sorted(addresses))}"
     assert "dig @192.168.93.53 +search" in result.steps[-1].where
+
+
+NODE1, NODE2, STRANGER = "0a:58:c0:a8:5d:0b", "0a:58:c0:a8:5d:0c", "02:00:00:00:00:01"
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected", "passed", "seen"),
+    [
+        pytest.param([NODE2], "[node2]", True, f"answered by node2 ({NODE2})", id="the one that should"),
+        pytest.param(
+            [NODE2, NODE2], "[node2]", True, f"answered by node2 ({NODE2})", id="twice by the same: kernel and speaker"
+        ),
+        pytest.param(
+            [NODE2, NODE1], "[node2]", False, f"answered by node1 ({NODE1}), node2 ({NODE2})", id="one too many"
+        ),
+        pytest.param(
+            [NODE2, NODE1], "[node1, node2]", True, f"answered by node1 ({NODE1}), node2 ({NODE2})", id="several"
+        ),
+        pytest.param([], "[node2]", False, "answered by nobody", id="nobody"),
+        pytest.param([], "[]", True, "answered by nobody", id="nobody, as expected"),
+        pytest.param([NODE1], "[]", False, f"answered by node1 ({NODE1})", id="somebody after all"),
+        pytest.param([STRANGER], "[node1]", False, f"answered by {STRANGER}", id="a stranger is shown by its MAC"),
+    ],
+)
+def test_who_answers_arp(bench: Bench, answers: list[str], expected: str, passed: bool, seen: str) -> None:
+    """The machines whose MACs answer are compared with those that are expected, as sets."""
+    bench.load("fault: {link: node2, down: true}")
+    bench.lab.arp_answers = lambda _question: [ArpAnswer(mac, 0.1) for mac in answers]
+    (result,) = bench.run(f"expect: {{from: client, arp: 192.168.93.231, answeredBy: {expected}, within: 1s}}").steps
+    assert ((result.status is Status.PASSED), result.seen, result.where) == (
+        passed,
+        seen,
+        "arp 192.168.93.231 from client",
+    )
+    assert bench.lab.arps[0] == ("client", IPv4Address("192.168.93.231")) and (result.attempts == 1) == passed
+
+
+def test_anybody_may_answer_arp(bench: Bench) -> None:
+    """Without answeredBy one answer is enough; it is asked again until the time is over."""
+    bench.load("fault: {link: node2, down: true}")
+    bench.lab.arp_answers = lambda question: [ArpAnswer(STRANGER, 0.1)] if question == 3 else []
+    (result,) = bench.run("expect: {from: client, arp: 192.168.93.231}").steps
+    assert (result.status, result.attempts) == (Status.PASSED, 3)

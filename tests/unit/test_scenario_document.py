@@ -16,6 +16,7 @@ from testbed.manifests.source import parse_documents
 from testbed.model.scenario import (
     AnsweredBy,
     ApplyStep,
+    ArpStep,
     Condition,
     DeleteStep,
     ExecStep,
@@ -172,6 +173,23 @@ def test_expectations(tmp_path: Path) -> None:
     assert sixth.title == "client → tcp 10.96.0.10:53: in at least 80 ms and at most 2000 ms"
 
 
+def test_expectations_about_arp(tmp_path: Path) -> None:
+    """Who answers on the LAN: these machines, nobody, or anybody."""
+    scenario = load(
+        tmp_path,
+        "expect: {from: client, arp: 192.168.93.231, answeredBy: [node2]}",
+        "expect: {from: node1, arp: 192.168.93.231, answeredBy: [], within: 0s, patience: 300ms}",
+        "expect: {from: client, arp: 192.168.93.231}",
+    )
+    about = {"file": str(tmp_path / "scenario.yaml"), "address": IPv4Address("192.168.93.231")}
+    assert scenario.steps[1:] == (
+        ArpStep(**about, line=9, title="client → arp 192.168.93.231: answered by node2", where="client", answered_by=("node2",)),
+        ArpStep(**about, line=10, title="node1 → arp 192.168.93.231: answered by nobody", where="node1", answered_by=(),
+                within_s=0.0, patience_s=0.3),
+        ArpStep(**about, line=11, title="client → arp 192.168.93.231: answered by anybody", where="client"),
+    )  # fmt: skip
+
+
 def test_expectations_about_names(tmp_path: Path) -> None:
     """What is asked, of whom, and what is to come back; an address asks for its name."""
     scenario = load(
@@ -200,6 +218,23 @@ def test_expectations_about_names(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_points_of_a_capture(tmp_path: Path) -> None:
+    """Machines, interfaces, Services and `all` stay as they are written; pods are selected when the step begins."""
+    step = "{apply: web.yaml, capture: [all, node1, 'client:eth0', svc/dev/web, 'dev/app=web:eth0', dev/web]}"
+    points = load(tmp_path, step).steps[-1].capture
+    assert [point.text for point in points] == [
+        "all",
+        "node1",
+        "client:eth0",
+        "svc/dev/web",
+        "dev/app=web:eth0",
+        "dev/web",
+    ]
+    assert [(str(point.pods), point.interface) for point in points if point.pods] == [
+        ("dev/app=web", "eth0"), ("dev/web", ""),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("step", "problem"),
     [
@@ -215,7 +250,15 @@ def test_expectations_about_names(tmp_path: Path) -> None:
         ("expect: {from: node1, resolve: a, rcode: NXDOMAIN, answers: x}", "expect.answers: an answer with NXDOMAIN has none"),
         ("expect: {from: node1, resolve: a, type: SRV, answers: dev/web}", "expect.answers: 'dev/web': pods stand for their addresses, which are A records"),
         ("expect: {from: node1, resolve: a, answers: dev/nothing}", "expect.answers: no manifest of the scenario makes the pod 'dev/nothing' (pods come from: dev/web, dev/shell)"),
-        ("expect: {from: node1, resolve: a, tcp: 'a:1'}", "expect: wants exactly one of get, tcp, udp, resolve; got tcp and resolve"),
+        ("expect: {from: node1, arp: 10.0.0.1, answeredBy: [node9]}", "expect.answeredBy[0]: topology 'three-nodes' has no node or host 'node9' (did you mean \"node3\"?)"),
+        ("expect: {from: node1, arp: 10.0.0.1, answeredBy: dev/app=web}", "expect.answeredBy: with arp it is a list of nodes and outside hosts; [] for nobody"),
+        ("expect: {from: dev/web, arp: 10.0.0.1}", "expect.from: dev/web is a pod: ask on the LAN, from a node or an outside host"),
+        ("expect: {from: node1, arp: lb.example.com}", "expect.arp: 'lb.example.com' is not an IPv4 address"),
+        ("expect: {from: node1, arp: 10.0.0.1, times: 3}", "expect.times: goes with get, tcp and udp only, not with arp"),
+        ("expect: {from: node1, arp: 10.0.0.1, type: A}", "expect.type: goes with resolve only, not with arp"),
+        ("expect: {from: node1, resolve: a, patience: 3s}", "expect.patience: goes with get, tcp, udp and arp only, not with resolve"),
+        ("expect: {from: node1, tcp: 'a:1', answeredBy: [node1]}", "expect.answeredBy: a list of machines goes with arp only; pods are NAMESPACE/label=value"),
+        ("expect: {from: node1, resolve: a, tcp: 'a:1'}", "expect: wants exactly one of get, tcp, udp, resolve, arp; got tcp and resolve"),
     ],
 )  # fmt: skip
 def test_what_is_refused_about_names(tmp_path: Path, step: str, problem: str) -> None:
@@ -243,6 +286,11 @@ EXPECT = 'get: "http://1.2.3.4/"'
         ("apply: /etc/passwd", "apply: '/etc/passwd' leaves the scenario's folder"),
         ('apply: "a\\nb"', "apply: 'a\\nb' is not a file name"),
         ("apply: 5", "apply: wants text or a list, got the number 5"),
+        ("{apply: web.yaml, capture: node9}", """capture: topology 'three-nodes' has no node or host 'node9' (did you mean "node3"?)"""),
+        ("{apply: web.yaml, capture: [client, 'node1:a/b']}", "capture[1]: 'node1:a/b': 'a/b' is not the name of an interface"),
+        ("{apply: web.yaml, capture: []}", "capture: names no point"),
+        ("{apply: web.yaml, capture: 5}", "capture: wants a list or text, got the number 5"),
+        ("{capture: all}", "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault; got none"),
         ("aply: web.yaml", 'unknown field "aply" (did you mean "apply"?)'),
         ("{apply: web.yaml, delete: web.yaml}",
          "a step does exactly one of apply, delete, scale, exec, kubectl, wait, expect, fault; got apply and delete"),
@@ -274,7 +322,7 @@ EXPECT = 'get: "http://1.2.3.4/"'
         ("wait: {node: node9, for: ready}", 'wait.node: the topology has no node \'node9\' (did you mean "node3"?)'),
         ("wait: {service: dev/wep, for: endpoints}",
          'wait.service: no manifest of the scenario makes the Service \'dev/wep\' (did you mean "dev/web"?)'),
-        ("expect: {from: client}", "expect: wants exactly one of get, tcp, udp, resolve; got none"),
+        ("expect: {from: client}", "expect: wants exactly one of get, tcp, udp, resolve, arp; got none"),
         ("expect: {from: client, get: 'ftp://x/'}", "expect.get: 'ftp://x/' is not an http or https URL"),
         ("expect: {from: client, get: 'http://1.2.3.400/'}", "expect.get: '1.2.3.400' is not an IPv4 address"),
         ("expect: {from: client, get: 'http://a$(b)/'}", "expect.get: 'a$(b):80': 'a$(b)' is not an address or a host name"),

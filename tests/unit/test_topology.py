@@ -259,6 +259,9 @@ NAME_RULE = "is not a valid name: lower case letters, digits, '-' and '.', with 
             't.yaml:15: spec.kubeProxy.ipvs: unknown field "strictArp" (did you mean "strictARP"?)'], id="kube-proxy field"),
         pytest.param("minSyncPeriod: 1s", "minSyncPeriod: 1", [
             "t.yaml:15: spec.kubeProxy.ipvs.minSyncPeriod: wants a duration such as 30s, got the number 1"], id="kube-proxy type"),
+        pytest.param("ipvs: {strictARP: true, minSyncPeriod: 1s}}", "portRange: nine}", [
+            "t.yaml:15: spec.kubeProxy.portRange: Invalid value: 'nine': must be a valid port range (e.g. 300-2000)"],
+            id="kube-proxy value"),
         pytest.param("name: t}", "name: t, name: u}", [
             't.yaml:3: duplicate key "name" (first in line 3)'], id="duplicate key"),
         pytest.param("metadata: {name: t}", "metadata: {name: t", [

@@ -1,0 +1,1 @@
+"""The ingress controller: what runs in the pods of image ingress-nginx/controller."""
