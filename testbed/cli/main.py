@@ -140,7 +140,7 @@ def up(
     objects = [source for file in files for source in load_objects(file)]
     mode = check_mode(proxy_mode or loaded.proxy_mode)
     check_machine()
-    if missing := why_not_here(mode):
+    if missing := why_not_here(mode, loaded):
         raise MissingFeature(f"{missing}. A lab in the nested kernel, for as long as its shell runs:\n  {_vm_line()}")
     backend = choose_iptables_backend(iptables_backend)
     with start_lab(

@@ -16,6 +16,7 @@ from testbed.lab.folder import free_name
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import find_scenarios, load_scenario
 from testbed.model.scenario import Scenario, Step
+from testbed.model.topology import Topology
 from testbed.scenario.modes import check_mode, why_not, why_not_here
 from testbed.scenario.nested import nested_arguments, run_nested, send_results
 from testbed.scenario.recorder import LabRecorder
@@ -109,19 +110,19 @@ def _plan(
     """Return what to run, and what is left out, as scenario, mode and reason. Those that share a lab follow each other.
 
     Raises:
-        MissingFeature: a mode that was asked for by name cannot be run.
+        MissingFeature: a mode that was asked for by name cannot be run, whatever the topology.
     """
     planned, skipped = [], []
-    missing = {mode: _what_is_missing(mode, options.use_vm) for mode in {m for _, s, _ in given for m in s.proxy_modes}}
+    for mode in options.modes:
+        if reason := _what_is_missing(mode, None, options.use_vm)[0]:
+            raise MissingFeature(reason)
     for path, scenario, course in given:
         for mode in options.modes or scenario.proxy_modes:
             if mode not in scenario.proxy_modes:
                 continue  # of a course, others are for it
-            reason, nested = missing[mode]
+            reason, nested = _what_is_missing(mode, scenario.topology, options.use_vm)
             if not reason:
                 planned.append(_Planned(path, scenario, mode, nested, course))
-            elif options.modes:
-                raise MissingFeature(reason)
             else:
                 skipped.append((scenario.name, mode, reason))
     first = {one.lab_key or (str(number),): number for number, one in reversed(list(enumerate(planned)))}
@@ -129,15 +130,17 @@ def _plan(
     return [one for _, one in ordered], skipped
 
 
-def _what_is_missing(mode: str, use_vm: bool) -> tuple[str, str]:
-    """Return why a mode cannot be run at all, and what this kernel lacks for it although the nested one can."""
+def _what_is_missing(mode: str, topology: Topology | None, use_vm: bool) -> tuple[str, str]:
+    """Return why a mode cannot be run at all in a topology, and what this kernel lacks for it although the nested one can."""
     if reason := why_not(mode):
         return reason, ""
-    missing = why_not_here(mode)
+    missing = why_not_here(mode, topology)
     if not missing:
         return "", ""
     if is_nested():
         return missing, ""
+    if mode == "nftables" and topology is not None and topology.needs_netem:
+        return f"{missing}; the nested kernel, which has it, has no NAT in nf_tables", ""
     if not use_vm:
         return f"{missing}, and --no-vm keeps it out of the nested kernel", ""
     try:

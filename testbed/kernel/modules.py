@@ -7,11 +7,37 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from testbed.errors import MissingFeature
+from testbed.errors import KernelError, MissingFeature
 from testbed.kernel.pace import patient
 
 _BRIDGE_CALLS = Path("/proc/sys/net/bridge")
 _IPVS = Path("/proc/net/ip_vs")
+WITHOUT_NETEM = (
+    "delay and loss need the kernel's netem (sch_netem), which this kernel does not have; "
+    "try `modprobe sch_netem`, or run the lab on another kernel, or take delay and loss out of the topology"
+)
+
+
+def has_netem() -> bool:
+    """Say whether links can have delay and loss; asking makes the kernel load the module where it is installed.
+
+    Raises:
+        KernelError: the kernel cannot be asked.
+    """
+    done = subprocess.run(
+        ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"],
+        capture_output=True, text=True, timeout=patient(10), check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return True
+    if is_unknown_qdisc(done.stderr):
+        return False
+    raise KernelError(f"asking the kernel for netem: tc said {done.stderr.strip() or f'status {done.returncode}'!r}")
+
+
+def is_unknown_qdisc(message: str) -> bool:
+    """Say whether tc complained of a queueing discipline that the kernel does not have (net/sched/sch_api.c)."""
+    return "qdisc kind is unknown" in message
 
 
 def why_no_ipvs() -> str:

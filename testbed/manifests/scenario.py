@@ -63,6 +63,7 @@ from testbed.model.scenario import (
     Spread,
     Step,
     Table,
+    Takes,
     WaitStep,
 )
 from testbed.model.topology import Topology
@@ -167,6 +168,13 @@ class SeesWire(Wire):
     client: Annotated[str, Meta(description="an address, or whose address: a node, an outside host, or a pod")] | None
 
 
+class TakesWire(Wire):
+    """How long each answer takes."""
+
+    at_least: Duration | None = None
+    at_most: Duration | None = None
+
+
 class ExpectWire(Wire):
     """Send requests and look at the answers."""
 
@@ -194,6 +202,7 @@ class ExpectWire(Wire):
         None
     )
     sees: SeesWire | None = None
+    takes: TakesWire | None = None
     refused: bool = False
     timeout: bool = False
     within: Within = None
@@ -715,6 +724,7 @@ class _Reader:
         request = self._request(wire, how) if how else None
         answered_by = self._answered_by(wire, modes)
         sees = self._sees(wire)
+        takes = self._takes(wire)
         self._check_claims(wire, how)
         if where is None or request is None:
             return None
@@ -726,10 +736,11 @@ class _Reader:
             body=wire.body,
             answered_by=answered_by,
             sees_client=sees,
+            takes=takes,
             refused=wire.refused,
             timeout=wire.timeout,
             within_s=DEFAULT_EXPECT_WITHIN_S if wire.within is None else float(wire.within),
-            **_titled(about, _expect_title(wire, where, request, answered_by)),
+            **_titled(about, _expect_title(wire, where, request, answered_by, takes)),
         )
         if step.is_statistical and wire.within is not None:
             reason = "has no effect with spread, which is sampled once and never retried: wait for readiness before it"
@@ -753,6 +764,7 @@ class _Reader:
             "body": wire.body,
             "answeredBy": wire.answered_by,
             "sees": wire.sees,
+            "takes": wire.takes,
             "refused": wire.refused or None,
             "timeout": wire.timeout or None,
         }
@@ -836,6 +848,7 @@ class _Reader:
                 ("body", wire.body),
                 ("answeredBy", wire.answered_by),
                 ("sees", wire.sees),
+                ("takes", wire.takes),
             )
             if value is not None
         ]
@@ -848,6 +861,25 @@ class _Reader:
             for name in ("status", "headers"):
                 if getattr(wire, name):
                     self.refuse(wire, name, reason=f"goes with get only, not with {how}")
+
+    def _takes(self, wire: ExpectWire) -> Takes | None:
+        takes = wire.takes
+        if takes is None:
+            return None
+        at_least, at_most = _seconds(takes.at_least), _seconds(takes.at_most)
+        patience = DEFAULT_PATIENCE_S if wire.patience is None else float(wire.patience)
+        if at_least is None and at_most is None:
+            if not self.decoded.is_unread(takes, "atLeast") and not self.decoded.is_unread(takes, "atMost"):
+                self.refuse(wire, "takes", reason="needs atLeast, atMost or both")
+            return None
+        if at_least is not None and at_most is not None and at_least > at_most:
+            self.refuse(takes, "atLeast", reason=f"{at_least:g}s is more than atMost, {at_most:g}s")
+        for name, bound in (("atLeast", at_least), ("atMost", at_most)):
+            if bound is not None and bound >= patience:
+                self.refuse(
+                    takes, name, reason=f"{bound:g}s: an answer is not waited for longer than patience, {patience:g}s"
+                )
+        return Takes(at_least_s=at_least, at_most_s=at_most)
 
     def _request(self, wire: ExpectWire, how: str) -> Request | None:
         try:
@@ -1041,7 +1073,9 @@ def _claims(wire: ExecWire | KubectlWire) -> str:
     return prints + (f", ends with status {wire.status}" if wire.status else "")
 
 
-def _expect_title(wire: ExpectWire, where: Place, request: Request, answered_by: AnsweredBy | None) -> str:
+def _expect_title(
+    wire: ExpectWire, where: Place, request: Request, answered_by: AnsweredBy | None, takes: Takes | None
+) -> str:  # fmt: skip
     times = f" ×{wire.times}" if wire.times > 1 else ""
     claims = [f"status {wire.status}"] if wire.status is not None else []
     if wire.body is not None:
@@ -1054,5 +1088,7 @@ def _expect_title(wire: ExpectWire, where: Place, request: Request, answered_by:
         claims.append(f"answered by {how}{answered_by.pods}{spread}")
     if wire.sees is not None:
         claims.append(f"client seen as {wire.sees.client}")
+    if takes is not None:
+        claims.append(f"in {takes}")
     claims += [name for name, is_set in (("refused", wire.refused), ("timeout", wire.timeout)) if is_set]
     return f"{where} → {request}{times}: {', '.join(claims) or 'answers'}"

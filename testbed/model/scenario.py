@@ -227,6 +227,18 @@ class AnsweredBy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Takes:
+    """How long each answer takes, from before the name is looked up until its end; None: no bound."""
+
+    at_least_s: float | None = None
+    at_most_s: float | None = None
+
+    def __str__(self) -> str:
+        bounds = (("at least", self.at_least_s), ("at most", self.at_most_s))
+        return " and ".join(f"{word} {bound_s * 1000:g} ms" for word, bound_s in bounds if bound_s is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectStep(StepBase):
     """Ask ``times`` times from ``where``, and say what is seen. ``refused`` and ``timeout`` hold for every request."""
 
@@ -237,6 +249,7 @@ class ExpectStep(StepBase):
     body: str | None = None  # a part of the answer
     answered_by: AnsweredBy | None = None
     sees_client: IPv4Address | Place | None = None  # the client's address as the server sees it
+    takes: Takes | None = None
     refused: bool = False
     timeout: bool = False
     within_s: float = DEFAULT_EXPECT_WITHIN_S  # 0: tried once

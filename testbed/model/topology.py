@@ -88,6 +88,11 @@ class Topology:
         return str(self.kube_proxy.get("mode") or DEFAULT_PROXY_MODE)
 
     @property
+    def needs_netem(self) -> bool:
+        """Say whether a link has delay or loss, which take the kernel's network emulator."""
+        return any(link.delay_ms or link.loss_percent for link in self.links)
+
+    @property
     def machines(self) -> tuple[NodeSpec | HostSpec, ...]:
         """Nodes, then outside hosts, in file order."""
         return (*self.nodes, *self.hosts)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from testbed.model.scenario import RANDOM_MODES, AnsweredBy, ExpectStep, Scheme, Share, Spread
+from testbed.model.scenario import RANDOM_MODES, AnsweredBy, ExpectStep, Scheme, Share, Spread, Takes
 from testbed.probes.observation import Observation, Outcome
 from testbed.scenario.statistics import chi_square_p
 
@@ -56,6 +56,10 @@ def judge(
         claims += _shares(step.answered_by, counts, pods, mode)
     if step.sees_client is not None:
         expect(f"client address {client} seen by the server", all(o.seen_client == client for o in answered))
+    if step.takes is not None:
+        expect(
+            f"{'' if step.times == 1 else 'each '}in {step.takes}", all(_is_in_time(step.takes, o) for o in answered)
+        )
     return Verdict(
         passed=all(holds for _, holds in claims),
         wanted=", ".join(text for text, _ in claims),
@@ -68,6 +72,13 @@ def is_connection_only(step: ExpectStep) -> bool:
     """Say whether nothing is claimed about an answer: then a TCP connection is one (docs/scenario.md, expect)."""
     says = step.request.send, step.body, step.answered_by, step.sees_client
     return step.request.scheme is Scheme.TCP and all(claim is None for claim in says)
+
+
+def _is_in_time(takes: Takes, answer: Observation) -> bool:
+    seconds = answer.duration_ms / 1000
+    return (takes.at_least_s is None or seconds >= takes.at_least_s) and (
+        takes.at_most_s is None or seconds <= takes.at_most_s
+    )
 
 
 def _shares(answered_by: AnsweredBy, counts: Counter[str], pods: Sequence[str], mode: str) -> list[tuple[str, bool]]:
@@ -121,4 +132,7 @@ def _describe(
     if step.sees_client is not None and answered:
         clients = Counter(o.seen_client or "no address" for o in answered)
         parts.append("client seen as " + ", ".join(sorted(clients)))
+    if step.takes is not None and answered:
+        fastest, slowest = min(o.duration_ms for o in answered), max(o.duration_ms for o in answered)
+        parts.append(f"in {fastest:.1f} ms" + (f" to {slowest:.1f} ms" if len(answered) > 1 else ""))
     return "; ".join(parts)

@@ -1,12 +1,12 @@
-"""Which proxy modes this version can run, and which of them this kernel cannot."""
+"""Which proxy modes this version can run, and what this kernel lacks for them and for topologies."""
 
 from __future__ import annotations
 
 import shutil
 
 from testbed.errors import InputError, MissingFeature
-from testbed.kernel.modules import why_no_ipvs
-from testbed.model.topology import PROXY_MODES
+from testbed.kernel.modules import WITHOUT_NETEM, has_netem, why_no_ipvs
+from testbed.model.topology import PROXY_MODES, Topology
 
 
 def check_mode(mode: str) -> str:
@@ -33,6 +33,10 @@ def why_not(mode: str) -> str:
     return ""
 
 
-def why_not_here(mode: str) -> str:
-    """Return what this kernel lacks for a mode, even after an attempt to load it, '' when it has it."""
-    return why_no_ipvs() if mode == "ipvs" else ""
+def why_not_here(mode: str, topology: Topology | None = None) -> str:
+    """Return what this kernel lacks for a mode, and for a topology, even after an attempt to load it, '' when it has it."""
+    if mode == "ipvs" and (reason := why_no_ipvs()):
+        return reason
+    if topology is not None and topology.needs_netem and not has_netem():
+        return f"topology {topology.name!r}: {WITHOUT_NETEM}"
+    return ""

@@ -8,6 +8,7 @@ from ipaddress import IPv4Interface
 from typing import Any
 
 from testbed.errors import KernelError, MissingFeature
+from testbed.kernel.modules import WITHOUT_NETEM, is_unknown_qdisc
 from testbed.kernel.netlink import Request
 from testbed.kernel.rtnetlink import RtnetlinkSocket, add_address, add_bridge, add_veth, mac_of, set_link
 from testbed.model.topology import LinkSpec
@@ -102,11 +103,8 @@ def shape(host: Any, interface: str, link: LinkSpec) -> None:
         if link.loss_percent:
             netem += ["loss", f"{link.loss_percent:g}%"]
         message = _tc(host, interface, [*parent, *netem])
-        if "qdisc kind is unknown" in message:
-            raise MissingFeature(
-                f"{where}: delay and loss need the kernel's netem (sch_netem), which this kernel does not have; "
-                "try `modprobe sch_netem`, or run the lab on another kernel, or take delay and loss out of the topology"
-            )
+        if is_unknown_qdisc(message):
+            raise MissingFeature(f"{where}: {WITHOUT_NETEM}")
         if message:
             raise KernelError(f"{where}: tc refused {' '.join(netem)}: {message}")
         parent = ["parent", "1:"]

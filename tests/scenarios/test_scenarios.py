@@ -6,9 +6,15 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from testbed.kernel.pace import patient
+from testbed.manifests import find_scenarios, load_scenario
+from testbed.scenario.modes import why_not_here
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
 
@@ -19,14 +25,24 @@ COURSES = sorted(
 )  # that one is below
 
 
-@pytest.mark.parametrize("folder", [path.parent for path in SCENARIOS] + COURSES, ids=lambda folder: folder.name)
-def test_scenario(folder: Path) -> None:
-    """Every step of the scenario passes, in each of its proxy modes; those that this kernel lacks run in the nested one.
+def _runs() -> Iterator[Any]:
+    """Yield each folder of scenarios with the modes of one run. What needs ip_vs or netem is for a kernel that has them."""
+    for folder in [path.parent for path in SCENARIOS] + COURSES:
+        scenarios = [load_scenario(path) for path in find_scenarios(folder)]
+        modes = sorted({mode for scenario in scenarios for mode in scenario.proxy_modes})
+        lacks = any(why_not_here("iptables", scenario.topology) for scenario in scenarios)
+        if own := [mode for mode in modes if mode != "ipvs"]:
+            yield pytest.param(folder, own, id=folder.name, marks=pytest.mark.ipvs if lacks else ())
+        if "ipvs" in modes:
+            yield pytest.param(folder, ["ipvs"], id=f"{folder.name}-ipvs", marks=pytest.mark.ipvs)
 
-    A course is a folder of scenarios that share a lab.
-    """
-    command = [sys.executable, "-m", "testbed", "run", str(folder), "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
+
+@pytest.mark.parametrize(("folder", "modes"), [*_runs()])
+def test_scenario(folder: Path, modes: list[str]) -> None:
+    """Every step of the scenario passes, in each of its proxy modes. A course is a folder of scenarios that share a lab."""
+    chosen = [word for mode in modes for word in ("--proxy-mode", mode)]
+    command = [sys.executable, "-m", "testbed", "run", str(folder), *chosen, "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(380), check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)
 

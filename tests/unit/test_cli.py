@@ -426,7 +426,7 @@ def nested(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> li
 
     monkeypatch.setattr(testbed.cli.run, "why_not", lambda mode: "")
     monkeypatch.setattr(
-        testbed.cli.run, "why_not_here", lambda mode: "this kernel has no y" if mode == "nftables" else ""
+        testbed.cli.run, "why_not_here", lambda mode, *_: "this kernel has no y" if mode == "nftables" else ""
     )
     monkeypatch.setattr(testbed.cli.run, "check_vm", lambda: None)
     monkeypatch.setattr(testbed.cli.run, "run_nested", run_nested)
@@ -495,7 +495,7 @@ def test_a_nested_lab_cannot_be_kept(testbed_: Testbed, nested: list[list[str]])
 def test_up_says_what_to_type(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
     """`up` in a mode that this kernel lacks ends with 3 and the same command for the nested kernel."""
     monkeypatch.setattr(testbed.scenario.modes, "why_not", lambda mode: "")
-    monkeypatch.setattr(testbed.scenario.modes, "why_not_here", lambda mode: "this kernel has no ip_vs")
+    monkeypatch.setattr(testbed.scenario.modes, "why_not_here", lambda *_: "this kernel has no ip_vs")
     monkeypatch.setattr(testbed.lab.start, "check_machine", lambda: None)
     ended = testbed_("up", "my-lab", "--proxy-mode", "ipvs")
     assert ended.status == 3
@@ -524,6 +524,36 @@ def test_run_fails(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatc
     )
     assert "  - 2/2 never seen (not run)\n" in ended.out
     assert [line.split()[3] for line in ended.out.splitlines()[-2:]] == ["failed", "passed"]
+
+
+def test_run_on_a_kernel_without_a_feature(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scenario whose topology no kernel here can make is skipped by name; when there is no other one, the status is 3."""
+
+    def check_vm() -> NoReturn:
+        raise MissingFeature("there is no nested kernel")
+
+    monkeypatch.setattr(testbed.cli.run, "check_vm", check_vm)
+    monkeypatch.setattr(testbed.scenario.modes, "has_netem", lambda: False)
+    folder = Path("far")
+    folder.mkdir()
+    topology = (
+        find_topology("three-nodes")
+        .read_text()
+        .replace("spec:\n", "spec:\n  links: [{between: [client, lan], delay: 1ms}]\n")
+    )
+    (folder / "three-nodes.yaml").write_text(topology)
+    (folder / "scenario.yaml").write_text(Path("runs/scenario.yaml").read_text().replace("name: s", "name: far"))
+    lacks = (
+        "topology 'three-nodes': delay and loss need the kernel's netem (sch_netem), which this kernel does not have; "
+    )
+    ended = testbed_("run", "runs", "far")
+    assert (ended.status, len(labs)) == (0, 1)
+    (skipped,) = [line for line in ended.out.splitlines() if line.startswith("skipped: far in iptables: ")]
+    assert skipped.startswith(f"skipped: far in iptables: {lacks}")
+    assert skipped.endswith("; there is no nested kernel")
+    alone = testbed_("run", "far")
+    assert (alone.status, alone.out, len(labs)) == (3, "", 1)
+    assert lacks in alone.err
 
 
 def test_run_as_json(testbed_: Testbed, labs: Labs) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from testbed.model.scenario import AnsweredBy, ExpectStep, Request, Scheme, Selector, Share, Spread
+from testbed.model.scenario import AnsweredBy, ExpectStep, Request, Scheme, Selector, Share, Spread, Takes
 from testbed.probes import Observation, Outcome
 from testbed.scenario.judge import Verdict, is_connection_only, judge
 
@@ -213,6 +213,26 @@ def test_which_client_the_server_sees(addresses: list[str], passed: bool, seen: 
     assert found.wanted.endswith("client address 10.244.1.5 seen by the server")
 
 
+@pytest.mark.parametrize(
+    ("takes", "durations_ms", "passed", "wanted", "seen"),
+    [
+        (Takes(at_least_s=0.08), [80.0], True, "an answer, in at least 80 ms", "answered; in 80.0 ms"),
+        (Takes(at_least_s=0.08), [79.9], False, "an answer, in at least 80 ms", "answered; in 79.9 ms"),
+        (Takes(at_most_s=0.1), [100.0], True, "an answer, in at most 100 ms", "answered; in 100.0 ms"),
+        (Takes(at_most_s=0.1), [5.0, 100.1], False, "2 answers, each in at most 100 ms", "2 answered; in 5.0 ms to 100.1 ms"),
+        (Takes(at_least_s=0.08, at_most_s=0.2), [90.0, 70.0], False, "2 answers, each in at least 80 ms and at most 200 ms",
+         "2 answered; in 70.0 ms to 90.0 ms"),
+    ],
+)  # fmt: skip
+def test_how_long_answers_take(
+    takes: Takes, durations_ms: list[float], passed: bool, wanted: str, seen: str
+) -> None:  # fmt: skip
+    """Every answer keeps the bounds; the fastest and the slowest are told."""
+    observations = [one for duration_ms in durations_ms for one in answer(duration_ms=duration_ms)]
+    found = verdict(expectation(len(durations_ms), takes=takes), observations)
+    assert (found.passed, found.wanted, found.seen) == (passed, wanted, seen)
+
+
 def test_all_claims_are_told_together() -> None:
     """One failing claim fails the step; what was wanted and seen names them all, in one order."""
     step = expectation(2, status=200, body="ok", answered_by=answered_by(Share.ANY), sees_client="client")
@@ -235,6 +255,7 @@ def test_all_claims_are_told_together() -> None:
         (expectation(request=TCP, body="x"), False),
         (expectation(request=TCP, answered_by=answered_by(Share.ANY)), False),
         (expectation(request=TCP, sees_client="client"), False),
+        (expectation(request=TCP, takes=Takes(at_least_s=0.1)), True),
         (expectation(request=Request(scheme=Scheme.TCP, host="a", port=1, send="")), False),
         (expectation(), False),
         (expectation(request=Request(scheme=Scheme.UDP, host="a", port=1)), False),

@@ -33,6 +33,7 @@ from testbed.model.scenario import (
     Selector,
     Share,
     Spread,
+    Takes,
     WaitStep,
 )
 
@@ -141,8 +142,9 @@ def test_expectations(tmp_path: Path) -> None:
         'expect: {from: node1, tcp: "10.96.0.10:53", refused: true, patience: 100ms}',
         'expect: {from: node1, udp: "web.dev.svc.cluster.local:53", send: ping, timeout: true}',
         'expect: {from: client, tcp: "10.96.0.10:53", times: 9, answeredBy: {same: dev/app=web}, sees: {client: 192.168.93.100}}',
+        'expect: {from: client, tcp: "10.96.0.10:53", takes: {atLeast: 80ms, atMost: 2s}, patience: 3s}',
     )
-    first, second, third, fourth, fifth = [step for step in scenario.steps if isinstance(step, ExpectStep)]
+    first, second, third, fourth, fifth, sixth = [step for step in scenario.steps if isinstance(step, ExpectStep)]
     web = Selector("dev", labels=(("app", "web"),))
     assert first.request == Request(
         scheme=Scheme.HTTP, host="192.168.93.11", port=30888, path="/a?b", headers=(("Host", "x"),)
@@ -167,6 +169,8 @@ def test_expectations(tmp_path: Path) -> None:
     assert fourth.request == Request(scheme=Scheme.UDP, host="web.dev.svc.cluster.local", port=53, send="ping")
     assert fifth.answered_by == AnsweredBy(pods=web, share=Share.SAME)
     assert fifth.sees_client == IPv4Address("192.168.93.100")
+    assert sixth.takes == Takes(at_least_s=0.08, at_most_s=2.0)
+    assert sixth.title == "client → tcp 10.96.0.10:53: in at least 80 ms and at most 2000 ms"
 
 
 def test_expectations_about_arp(tmp_path: Path) -> None:
@@ -347,6 +351,16 @@ EXPECT = 'get: "http://1.2.3.4/"'
         (f"expect: {{from: client, {EXPECT}, sees: {{client: nobody}}}}",
          "expect.sees.client: topology 'three-nodes' has no node or host 'nobody' "
          "(there is: node1, node2, node3, client; a pod is NAMESPACE/POD)"),
+        (f"expect: {{from: client, {EXPECT}, takes: {{}}}}", "expect.takes: needs atLeast, atMost or both"),
+        (f"expect: {{from: client, {EXPECT}, takes: {{atLeast: 20}}}}", "expect.takes.atLeast: wants a duration such as 5s, got the number 20"),
+        (f"expect: {{from: client, {EXPECT}, takes: {{atLeast: 20ms, atMost: 10ms}}}}",
+         "expect.takes.atLeast: 0.02s is more than atMost, 0.01s"),
+        (f"expect: {{from: client, {EXPECT}, takes: {{atMost: 2s}}}}",
+         "expect.takes.atMost: 2s: an answer is not waited for longer than patience, 1s"),
+        (f"expect: {{from: client, {EXPECT}, timeout: true, takes: {{atMost: 20ms}}}}",
+         "expect.timeout: no answer comes, so there is no takes"),
+        ("expect: {from: client, resolve: web, takes: {atMost: 20ms}}",
+         "expect.takes: goes with get, tcp and udp only, not with resolve"),
         ("fault: {link: node1}", 'fault: required field "down" is missing'),
         ("fault: {link: node9, down: true}",
          "fault.link: topology 'three-nodes' has no node or host 'node9' (did you mean \"node3\"?)"),
