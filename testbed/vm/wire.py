@@ -23,8 +23,8 @@ ANSWER_FD = 3
 """Where a command that was asked for an answer writes it."""
 
 WINDOW_BYTES = 3072
-"""How much input may be under way. The guest keeps what the command does not read; and with less than 128 of the 4,096 bytes
-of a terminal's buffer free the line is throttled (n_tty.c), from which UML's driver does not come back."""
+"""How much input may be under way. The guest keeps what the command does not read. With 32 KiB the line stopped for good here,
+presumably as a full terminal buffer (4,096 bytes) throttles it (n_tty.c) and UML's driver does not come back from that."""
 
 _HEADER = struct.Struct("!cI")
 _NUMBER = struct.Struct("!I")
