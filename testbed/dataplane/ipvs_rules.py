@@ -25,6 +25,7 @@ from typing import Final
 
 from testbed.dataplane import chains
 from testbed.dataplane.iptables import Jump, saved_form
+from testbed.dataplane.iptables_saved import parse_saved
 from testbed.model.proxyconfig import LocalDetector, Origin
 
 DEVICE: Final = "kube-ipvs0"
@@ -249,24 +250,7 @@ class InstalledRules:
 
 def parse_installed_rules(saved: str) -> InstalledRules:
     """Read the output of ``iptables-save`` (all tables)."""
-    found: dict[tuple[str, str], list[str]] = {}
-    jumps: set[tuple[str, str]] = set()
-    wanted = {(jump.table, jump.saved) for jump in JUMPS}
-    table = ""
-    for line in map(str.rstrip, saved.splitlines()):
-        if line.startswith("*"):
-            table = line[1:]
-        elif line.startswith(":"):
-            chain = line[1:].split(" ", 1)[0]
-            if chain in CHAINS.get(table, ()):
-                found[table, chain] = []
-        elif line.startswith("-A "):
-            place = (table, line.split(" ", 2)[1])
-            if place in found:
-                found[place].append(line)
-            elif (table, line) in wanted:
-                jumps.add((table, line))
-    return InstalledRules({place: tuple(rules) for place, rules in found.items()}, frozenset(jumps))
+    return InstalledRules(*parse_saved(saved, CHAINS, [(jump.table, jump.saved) for jump in JUMPS]))
 
 
 _NUMBERS: Final = {"tcp": "6", "udp": "17", "sctp": "132"}

@@ -22,6 +22,7 @@ from ipaddress import IPv4Address
 from typing import Final, NamedTuple
 
 from testbed.dataplane.balancer import balanced_endpoints
+from testbed.dataplane.iptables_saved import parse_saved
 from testbed.dataplane.state import ProxyState
 from testbed.dataplane.trace import Fate, Node, Packet, Ruleset, Verdict, trace
 from testbed.model.proxyconfig import KubeProxyConfig, node_address
@@ -176,22 +177,7 @@ NOTHING_INSTALLED: Final = Installed()
 
 def parse_installed(saved: str) -> Installed:
     """Read the output of ``iptables-save`` (all tables)."""
-    chains: dict[tuple[str, str], list[str]] = {}
-    hooks: set[tuple[str, str]] = set()
-    wanted = {(hook.table, f"-A {hook.chain} {hook.rule}") for hook in HOOKS}
-    table = ""
-    for line in map(str.rstrip, saved.splitlines()):
-        if line.startswith("*"):
-            table = line[1:]
-        elif line.startswith(":"):
-            chain = line[1:].split(" ", 1)[0]
-            if chain in CHAINS.get(table, ()):
-                chains[table, chain] = []
-        elif (table, line) in wanted:
-            hooks.add((table, line))
-        elif line.startswith("-A ") and (place := (table, line.split(" ", 2)[1])) in chains:
-            chains[place].append(line)
-    return Installed({place: tuple(lines) for place, lines in chains.items()}, frozenset(hooks))
+    return Installed(*parse_saved(saved, CHAINS, [(hook.table, f"-A {hook.chain} {hook.rule}") for hook in HOOKS]))
 
 
 def render_start(installed: Installed) -> str:

@@ -6,6 +6,7 @@ process that shares its file system state with another thread. `call_in` and `ru
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pickle
@@ -252,6 +253,16 @@ def session_child(
         return 126
 
     return child
+
+
+def reap_orphans(own: int) -> None:
+    """Collect ended processes that became ours when their parent died; the end of our own child is for its thread."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is None or found.si_pid == own:
+                return
+            os.waitpid(found.si_pid, 0)
 
 
 def wait_until_ended(pid: int, *, timeout_s: float | None) -> int:

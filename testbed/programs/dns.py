@@ -43,6 +43,7 @@ from testbed.dataplane.corefile import (
 )
 from testbed.dataplane.dns import NAMESPACES, PODS, SERVICES, SLICES, Zone
 from testbed.errors import InputError, KernelError
+from testbed.kernel.processes import reap_orphans
 from testbed.model.dns import PodMode, Rcode
 from testbed.programs.answers import Answer, Listener
 from testbed.programs.dns_responder import MALFORMED, Responder
@@ -314,16 +315,6 @@ class ClusterDns:
         self._log("[INFO] Reloading complete")
 
 
-def _reap_orphans(own: int) -> None:
-    """Collect ended processes that became ours, as those of a dnsmasq that was killed; its own end is for its thread."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None or found.si_pid == own:
-                return
-            os.waitpid(found.si_pid, 0)
-
-
 class Faces:
     """What the pod answers on its HTTP ports."""
 
@@ -466,6 +457,6 @@ def run(
             on_ready()  # not before: whoever probes is refused until then, and tries again soon
         if time.monotonic() >= next_look_s:
             next_look_s = time.monotonic() + _COREFILE_EVERY_S
-            _reap_orphans(dns.dnsmasq_pid)
+            reap_orphans(dns.dnsmasq_pid)
             with contextlib.suppress(OSError):  # a ConfigMap that is being replaced
                 dns.follow(corefile.read_text(), read)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import Final
 from testbed.dataplane.ingress.secrets import FAKE_NAME
 from testbed.dataplane.ingress.settings import Options, parse_options
 from testbed.errors import InputError, TestbedError
+from testbed.kernel.processes import reap_orphans
 from testbed.model.objects import Object
 from testbed.programs.answers import Answer, Listener
 from testbed.programs.ingress.controller import RESOURCES, IngressLoop, Message
@@ -186,17 +186,7 @@ def run(loop: IngressLoop, messages: queue.SimpleQueue[Message]) -> None:
             return
         loop.accept(batch)
         loop.step()
-        _reap_orphans(loop.nginx_pid)
-
-
-def _reap_orphans(own: int) -> None:
-    """Collect ended processes that became ours, as workers of a killed master; the master's own end is its thread's."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None or found.si_pid == own:
-                return
-            os.waitpid(found.si_pid, 0)
+        reap_orphans(loop.nginx_pid)
 
 
 def _shut_down(
