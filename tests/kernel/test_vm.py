@@ -149,11 +149,15 @@ def test_memory_is_up() -> None:
 
 def test_panic() -> None:
     """When the nested kernel dies, the last it said is shown, and the status is 3."""
-    done = run_vm("--", "sh", "-c", "echo before; echo c >/proc/sysrq-trigger; sleep 60")
-    assert done.returncode == 3, done.stderr
-    assert done.stdout == b"before\n"
-    assert "error: the nested kernel ended before the command did; the last it said:" in done.stderr.decode()
-    assert "sysrq triggered crash" in done.stderr.decode()
+    script = "echo before; read go; echo c >/proc/sysrq-trigger; sleep 60"
+    command = [*VM, "--", "sh", "-c", script]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as vm:
+        assert vm.stdout and vm.stdout.readline() == b"before\n"  # what is on its way when a kernel dies is lost
+        _, said = vm.communicate(b"go\n", timeout=90)
+    assert vm.returncode == 3, said
+    assert "error: the nested kernel ended before the command did; the last it said:" in said.decode()
+    assert "sysrq triggered crash" in said.decode()
 
 
 def test_terminal(eventually: Callable[..., object]) -> None:
