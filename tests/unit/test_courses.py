@@ -42,7 +42,7 @@ def plan(
     given: list[Path], options: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return what is run, in order: scenario, mode and what it shares a lab with, on a kernel that has everything."""
-    monkeypatch.setattr(run, "_what_is_missing", lambda _mode, _use_vm: ("", ""))
+    monkeypatch.setattr(run, "_what_is_missing", lambda _mode, _topology, _use_vm: ("", ""))
     scenarios = [
         (path, load_scenario(path), run._course(one, options)) for one in given for path in find_scenarios(one)
     ]
