@@ -89,15 +89,13 @@ class World:
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """Have this thread, and the threads it starts, be in a namespace."""
-        from testbed.kernel import linux
+        from testbed.kernel.netns import inside_network
 
-        own, there = (os.open(f"/proc/{pid}/ns/net", os.O_RDONLY) for pid in (os.getpid(), self.pids[name]))
-        linux.setns(there, linux.CLONE_NEWNET)
+        there = os.open(f"/proc/{self.pids[name]}/ns/net", os.O_RDONLY)
         try:
-            yield
+            with inside_network(there):
+                yield
         finally:
-            linux.setns(own, linux.CLONE_NEWNET)
-            os.close(own)
             os.close(there)
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from testbed.kernel import linux
+from testbed.kernel.netns import inside_network
 from testbed.kernel.runner import SubprocessRunner
 
 NODE_IP, OUTSIDE, BLOCKED = "192.168.0.2", "203.0.113.2", "203.0.113.130"
@@ -77,13 +77,11 @@ class World:
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """Have this thread be in a namespace: the sockets it opens meanwhile, and the threads it starts, stay there."""
-        own, there = (os.open(f"/proc/{pid}/ns/net", os.O_RDONLY) for pid in (os.getpid(), self.pids[name]))
-        linux.setns(there, linux.CLONE_NEWNET)
+        there = os.open(f"/proc/{self.pids[name]}/ns/net", os.O_RDONLY)
         try:
-            yield
+            with inside_network(there):
+                yield
         finally:
-            linux.setns(own, linux.CLONE_NEWNET)
-            os.close(own)
             os.close(there)
 
     def ask(

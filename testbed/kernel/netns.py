@@ -11,7 +11,7 @@ from testbed.kernel import linux
 
 @contextmanager
 def inside_network(fd: int) -> Iterator[None]:
-    """Be in another network namespace for the length of a block. Only for a process with one thread."""
+    """Have this thread be in another network namespace for the length of a block; it must be its process's first."""
     own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         linux.setns(fd, linux.CLONE_NEWNET)
