@@ -114,6 +114,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="status 1 when a shape is wrong")
     parser.add_argument("--modes", help="only these, with commas between")
+    parser.add_argument("--benchmark", type=Path, metavar="FILE", default=ROOT / "scenarios" / "proxy-modes")
     parser.add_argument("--report", type=Path, metavar="DIR")
     parser.add_argument("--results", type=Path, metavar="FILE")
     options = parser.parse_args()
