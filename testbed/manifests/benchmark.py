@@ -11,7 +11,7 @@ from msgspec import Meta, field
 from testbed.errors import ManifestError, Problem
 from testbed.manifests.decode import API_VERSION, Decoded, Wire, described, json_schema
 from testbed.manifests.scalars import Duration, Rate
-from testbed.manifests.source import Document, load_one
+from testbed.manifests.source import BENCHMARK_FILE, Document, load_one
 from testbed.manifests.text import unsafe_path
 from testbed.manifests.topology import MetadataWire, find_topology, load_topology
 from testbed.model.benchmark import (
@@ -38,7 +38,6 @@ from testbed.model.benchmark import (
 )
 from testbed.model.topology import PROXY_MODES, Topology
 
-BENCHMARK_FILE = "benchmark.yaml"
 _LONGEST_S = 3600.0
 
 PathName = Literal[

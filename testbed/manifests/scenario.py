@@ -27,7 +27,7 @@ from testbed.manifests.scalars import (
     parse_label_key,
     parse_label_value,
 )
-from testbed.manifests.source import Document, load_one
+from testbed.manifests.source import BENCHMARK_FILE, SCENARIO_FILE, Document, load_one
 from testbed.manifests.text import suggestion, unsafe_path
 from testbed.manifests.topology import MetadataWire, find_topology, load_topology
 from testbed.model.doctor import CAUSES
@@ -67,8 +67,6 @@ from testbed.model.scenario import (
     WaitStep,
 )
 from testbed.model.topology import Topology
-
-SCENARIO_FILE = "scenario.yaml"
 
 
 def find_scenarios(path: Path) -> list[Path]:
@@ -600,6 +598,8 @@ def load_scenario(path: Path) -> Scenario:
     Raises:
         ManifestError: every problem of the scenario, its topology and its manifests.
     """
+    if path.is_dir() and not (path / SCENARIO_FILE).exists() and (path / BENCHMARK_FILE).exists():
+        raise ManifestError([Problem(str(path), 0, f"holds a benchmark, not a scenario: `testbed bench run {path}`")])
     return load_one(path / SCENARIO_FILE if path.is_dir() else path, "scenario", read_scenario)
 
 

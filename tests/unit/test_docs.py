@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
@@ -216,6 +217,11 @@ def test_commands_parse() -> None:
                 wrong += [f"{where}: {command}" for word in words[:1] if word not in verbs and word.isidentifier()]
                 continue
             wrong += [f"{where}: {command}: {why}" for chosen in alternatives(words) if (why := complaint(chosen))]
+            wrong += [
+                f"{where}: {word}: not there"
+                for word in words
+                if word.startswith("scenarios/") and not list(ROOT.glob(word))
+            ]
     assert not wrong
     assert count > 200
 
@@ -289,3 +295,33 @@ def test_yaml_is_valid(tmp_path: Path) -> None:
             wrong[f"{shown(block.page)}:{block.line}"] = found
     assert not wrong
     assert kinds >= {"Topology", "Scenario", "Benchmark"}
+
+
+# ── what there is ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    """README names each page of docs/, docs/adr/ by its folder; scenarios/README.md each folder beside it."""
+    readme, scenarios = (ROOT / "README.md").read_text(), (ROOT / "scenarios" / "README.md").read_text()
+    named = {page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" in readme}
+    reached = named | {target for name in named for target in links(ROOT / "docs" / name)}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - reached == set()
+    folders = {folder.name for folder in (ROOT / "scenarios").iterdir() if folder.is_dir()}
+    assert {folder for folder in folders if not re.search(rf"(?<![\w-]){folder}(?![\w-])", scenarios)} == set()
+
+
+def test_the_levels_are_those_that_are_checked() -> None:
+    """docs/architecture.md has the folders at the levels that import-linter holds them to."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("| level | folder |")[2].partition("\n\n")[0]
+    drawn: list[set[str]] = []
+    for level, folders in re.findall(r"(?m)^\| ?(\d?) \| ([^|]*) \|", table):
+        if level:
+            drawn.append(set())
+        drawn[-1] |= set(re.findall(r"([a-z_]+)(?:\.py|/)", folders))
+    linted = [{name.strip().removeprefix("testbed.") for name in layer.split(":")} for layer in reversed(layers)]
+    assert drawn == linted
+    there = {entry.parent.name for entry in (ROOT / "testbed").glob("*/__init__.py")}
+    there |= {entry.stem for entry in (ROOT / "testbed").glob("*.py") if not entry.name.startswith("__")}
+    assert set().union(*drawn) == there
