@@ -546,6 +546,16 @@ class SpecWire(Wire):
         ]
         | None
     ) = None
+    after: (
+        Annotated[
+            str,
+            described(
+                "a folder beside the scenario's own, whose scenario must have run in the same lab: given alone, a scenario "
+                "brings it along; default: none"
+            ),
+        ]
+        | None
+    ) = None
 
 
 class ScenarioWire(Wire):
@@ -647,6 +657,7 @@ class _Reader:
             self.modes = (self.topology.proxy_mode,)
         steps = [step for wire in self.spec.steps or () if (step := self._step(wire))]
         self._cross_check(steps)
+        after = self._after(topology_file)
         if metadata is None or metadata.name is None or self.topology is None or topology_file is None:
             return None
         return Scenario(
@@ -657,7 +668,32 @@ class _Reader:
             proxy_modes=self.modes,
             steps=tuple(steps),
             warnings=tuple(p for p in (*self.decoded.problems, *self.problems_elsewhere) if p.warning),
+            after=after,
         )
+
+    def _after(self, topology_file: Path | None) -> Path | None:
+        """Return the folder of the scenario that comes first, if it can share a lab with this one."""
+        name = self.spec.after
+        if name is None:
+            return None
+        here = self.file.resolve().parent
+        folder = here.parent / name
+        if "/" in name or name in (".", "..") or not (folder / SCENARIO_FILE).is_file():
+            self.refuse(self.spec, "after", reason=f"no folder {name!r} with a {SCENARIO_FILE} beside {here.name!r}")
+            return None
+        if not name < here.name:
+            self.refuse(self.spec, "after", reason=f"{name!r} must come before {here.name!r} by name, as in a course")
+            return None
+        try:
+            first = load_scenario(folder)
+        except ManifestError as error:
+            self.problems_elsewhere += error.problems
+            return None
+        if topology_file is not None and first.topology_file.resolve() != topology_file.resolve():
+            self.refuse(self.spec, "after", reason=f"{name!r} is for another topology, {first.topology_file.name}")
+        if others := [mode for mode in self.modes if mode not in first.proxy_modes]:
+            self.refuse(self.spec, "after", reason=f"{name!r} is not for proxy mode {', '.join(others)}")
+        return self.file.parent.parent / name
 
     def _load_topology(self) -> Path | None:
         text = self.spec.topology

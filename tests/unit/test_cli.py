@@ -439,7 +439,7 @@ def test_run_uses_the_nested_kernel_for_what_is_missing(testbed_: Testbed, labs:
     assert ended.status == 0, ended.err
     assert NESTED_LINE in ended.out.splitlines()
     assert [how["proxy_mode"] for how, _ in labs] == ["iptables"]
-    assert nested == [["run", "runs", "--proxy-mode", "nftables", "--no-vm", "--results-fd", "3"]]
+    assert nested == [["run", "runs", "--proxy-mode", "nftables"]]
     assert [line.split()[:3] for line in ended.out.splitlines()[-2:]] == [
         ["s", "iptables", "2/2"],
         ["s", "nftables", "(nested)"],
