@@ -1,9 +1,12 @@
-"""Write the reference of our file formats into docs/: the tables between the markers, from the JSON Schemas.
+"""Write the reference of our file formats and commands into docs/: what is between the markers.
+
+The fields come from the JSON Schemas, the commands from click.
 
     python tools/reference.py          # write
     python tools/reference.py --check  # only say which page is out of date; exit status 1 when one is
 
-What is said of a field is in the Structs of testbed/manifests (`described`); the rest of the pages is written by people.
+What is said of a field is in the Structs of testbed/manifests (`described`), what is said of an option in testbed/cli; the
+rest of the pages is written by people.
 """
 
 from __future__ import annotations
@@ -11,22 +14,19 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 
+from testbed.cli.main import cli
 from testbed.manifests import benchmark_schema, scenario_schema, topology_schema
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = {
-    "topology": (DOCS / "topology.md", topology_schema),
-    "scenario": (DOCS / "scenario.md", scenario_schema),
-    "benchmark": (DOCS / "benchmarks.md", benchmark_schema),
-}
-BEGIN = "<!-- fields of a {kind}: tools/reference.py writes them from the schema -->"
-END = "<!-- end of the fields -->"
+BEGIN = "<!-- {kind}: tools/reference.py writes what follows -->"
+END = "<!-- end of what is written -->"
 _HEADER = "| field | type | default | meaning |\n|---|---|---|---|"
 
 Schema = Mapping[str, Any]
@@ -153,14 +153,60 @@ def _item(value: Any) -> str:
     return f"- {field}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
 
 
+def commands_text() -> str:
+    """Return a section for each command of the command line, in the order of its help."""
+    return "\n\n".join(_command(command, path) for path, command in _commands(cli, ("testbed",)))
+
+
+def _commands(group: click.Group, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in sorted(group.commands.items()):
+        if command.hidden:
+            continue
+        if isinstance(command, click.Group):
+            yield from _commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def _command(command: click.Command, path: tuple[str, ...]) -> str:
+    context = click.Context(command, info_name=" ".join(path))
+    usage = (
+        " ".join([*path, *command.collect_usage_pieces(context)]).replace("[OPTIONS] ", "").replace(" [OPTIONS]", "")
+    )
+    parts = [f"## {' '.join(path)}", f"```\n{usage}\n```", " ".join((command.help or "").split())]
+    rows = [_option(option) for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    if rows:
+        parts.append("\n".join(["| option | meaning |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+def _option(option: click.Option) -> str:
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    value = "" if option.is_flag else option.metavar or "VALUE"
+    if isinstance(option.type, click.Choice):
+        value = " or ".join(option.type.choices)
+    meaning = (option.help or "") + (
+        f" Default: `{option.default}`." if isinstance(option.default, str) and option.default else ""
+    )
+    return f"| {names}{' ' + value if value else ''} | {meaning.replace('|', chr(92) + '|')} |"
+
+
+PAGES: Mapping[str, tuple[Path, Callable[[], str]]] = {
+    "fields of a topology": (DOCS / "topology.md", lambda: Reference(topology_schema()).text()),
+    "fields of a scenario": (DOCS / "scenario.md", lambda: Reference(scenario_schema()).text()),
+    "fields of a benchmark": (DOCS / "benchmarks.md", lambda: Reference(benchmark_schema()).text()),
+    "commands": (DOCS / "commands.md", commands_text),
+}
+
+
 def render(kind: str) -> str:
-    """Return a page as it should be: what people wrote, and the fields between the markers."""
-    path, schema = PAGES[kind]
+    """Return a page as it should be: what people wrote, and what comes between the markers."""
+    path, text = PAGES[kind]
     before, begin, rest = path.read_text().partition(BEGIN.format(kind=kind))
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{path}: the markers are missing: {BEGIN.format(kind=kind)} and {END}")
-    return f"{before}{begin}\n\n{Reference(schema()).text()}\n\n{end}{after}"
+    return f"{before}{begin}\n\n{text()}\n\n{end}{after}"
 
 
 def main() -> int:

@@ -170,8 +170,8 @@ def words_of(command: str) -> list[str]:
 
 
 def alternatives(words: Sequence[str]) -> Iterator[list[str]]:
-    """Yield each command of one that is written with `[optional]` and `this|that`."""
-    plain = [word.strip("[]") for word in words if word.strip("[]")]
+    """Yield each command of one that is written with `[optional]` and `{this|that}`."""
+    plain = [word.strip("[]{}") for word in words if word.strip("[]{}")]
     return (list(chosen) for chosen in product(*(word.split("|") for word in plain)))
 
 
@@ -183,8 +183,10 @@ def complaint(words: Sequence[str]) -> str:
     if left[:1] == ["--debug"]:
         left = left[1:]
     while isinstance(command, click.Group):
-        if not left or _PLACEHOLDER.fullmatch(left[0]) or left[0].startswith("-"):
-            return "" if not left or left[0] in ("--help", "--version", "…", "...") else f"no command: {left[0]}"
+        if not left or left[0] in ("--help", "--version") or _PLACEHOLDER.fullmatch(left[0]):
+            return ""
+        if left[0].startswith("-"):
+            return f"no command: {left[0]}"
         found = command.get_command(context, left[0])
         if found is None:
             return f"no such command: {left[0]}"
