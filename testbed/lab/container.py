@@ -32,6 +32,7 @@ class ContainerStart:
     folder: str
     binds: tuple[Bind, ...]
     keep: tuple[str, ...]  # folders that must stay visible (rootfs.enter_root)
+    hide: tuple[str, ...]  # and those that must not be
 
 
 def fork_container(
@@ -134,7 +135,8 @@ def _make_root(start: ContainerStart, *, proc: bool) -> None:
     for path in start.spec.own_folders:
         os.makedirs(upper + path, exist_ok=True)
         os.chown(upper + path, start.spec.uid, start.spec.gid)
-    enter_root(start.folder, binds=start.binds, keep=start.keep, proc=proc, privileged=start.spec.privileged)
+    privileged = start.spec.privileged
+    enter_root(start.folder, binds=start.binds, keep=start.keep, hide=start.hide, proc=proc, privileged=privileged)
 
 
 def prepare_mounts(start: ContainerStart, node_pidfd: int, network_fd: int) -> int:

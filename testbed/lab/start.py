@@ -184,6 +184,7 @@ def _fork_first_process(folder: LabFolder, request: LabRequest) -> int:
 def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -> NoReturn:
     try:
         os.setsid()
+        os.umask(0o022)  # files of a pod's /etc are for all of its users to read, whoever has started the lab
         log = os.open(folder.path / "lab.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open("/dev/null", os.O_RDONLY)
         for source, number in ((null, 0), (log, 1), (log, 2)):
