@@ -18,7 +18,7 @@ from testbed.manifests import check_files, load_scenario
 TOPOLOGY: dict[str, Any] = {
     "apiVersion": "testbed/v1",
     "kind": "Topology",
-    "metadata": {"name": "t"},
+    "metadata": {"name": "t", "labels": {"a": "b"}},
     "spec": {
         "networks": [{"name": "lan", "cidr": "192.168.93.0/24", "gateway": "192.168.93.1"}],
         "nodes": [
@@ -27,7 +27,8 @@ TOPOLOGY: dict[str, Any] = {
                 "podCIDR": "10.244.1.0/24", "labels": {"zone": "a"}, "taints": [{"key": "k", "value": "v", "effect": "NoSchedule"}],
             }
         ],
-        "hosts": [{"name": "client", "network": "lan", "address": "192.168.93.100"}],
+        "hosts": [{"name": "client", "network": "lan", "address": "192.168.93.100", "names": ["www.example.com"]}],
+        "outsideDNS": "client",
         "links": [{"between": ["node1", "lan"], "rate": "1gbit", "delay": "1ms", "loss": "1%"}],
         "cluster": {
             "podCIDR": "10.244.0.0/16", "serviceCIDR": "10.96.0.0/22", "nodePortRange": "30000-32767",
@@ -124,7 +125,7 @@ def test_which_fields_take_any_text(documents: list[dict[str, Any]], tmp_path: P
     taken = set()
     for document in documents:
         before = errors(document)
-        paths = [*leaves(document["spec"], ("spec",)), ("metadata", "name")]
+        paths = [*leaves(document["spec"], ("spec",)), *leaves(document["metadata"], ("metadata",))]
         for path in (path for path in paths if path[:3] != ("spec", "steps", 0)):
             for text in hostile_texts(str(canary)):
                 if not errors(replaced(document, path, text)) - before:
