@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,12 +42,17 @@ _TOOLS = {
     "nginx": "nginx-light",
     "conntrack": "conntrack",
     "dnsmasq": "dnsmasq-base",
+    "mnexec": "mininet",  # Mininet looks for these two, and ends the process that lacks one
+    "ifconfig": "net-tools",
 }
 """Program -> Debian package, for what every lab needs."""
 
 
-def check_machine() -> None:
+def check_machine(also: Mapping[str, str] = {}) -> None:
     """Refuse to start where a lab cannot run.
+
+    Args:
+        also: program -> Debian package, for what is to be done in the lab.
 
     Raises:
         InputError: not root.
@@ -55,9 +60,10 @@ def check_machine() -> None:
     """
     if os.geteuid() != 0:
         raise InputError("a lab needs root: run this command as root, or with sudo")
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    tools = {**_TOOLS, **also}
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        packages = " ".join(sorted({_TOOLS[tool] for tool in missing}))
+        packages = " ".join(sorted({tools[tool] for tool in missing}))
         raise MissingFeature(
             f"missing: {', '.join(missing)}; install with `apt-get install {packages}`, or run `./dev setup`"
         )
