@@ -62,8 +62,9 @@ def main() -> NoReturn:
             raise
         status = UNREAD if isinstance(error, BrokenPipeError) else _UNWRITABLE
         if status != UNREAD:
-            reason = error.strerror or str(error)
-            _complain(f"{error.filename}: {reason}" if error.filename else reason)
+            from testbed.lab.folder import describe_oserror
+
+            _complain(describe_oserror(error))
     sys.exit(_flushed(status if isinstance(status, int) else 0))
 
 

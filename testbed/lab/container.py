@@ -6,7 +6,6 @@ Echo servers, of which there may be a thousand, come from the forker, into mount
 from __future__ import annotations
 
 import os
-import resource
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from testbed.kernel import linux
 from testbed.kernel.processes import Target, become, open_terminal, reset_signals
 from testbed.kernel.rootfs import Bind, enter_root, write_upper
 from testbed.kubelet.runtime import ContainerSpec, SandboxSpec
-from testbed.lab.forker import OPEN_FILES
+from testbed.lab.forker import limit_open_files
 
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -111,8 +110,7 @@ def _enter_container(
     linux.close_descriptors_except(report, console)
     linux.unshare(linux.CLONE_NEWNS)
     _make_root(start, proc=True)
-    soft, most = OPEN_FILES
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    limit_open_files()
     if spec.tty:  # only now: the terminal is one of the container's own /dev/pts
         terminal = open_terminal(console, uid=spec.uid)
         for number in range(3):

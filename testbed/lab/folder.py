@@ -16,16 +16,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from testbed.errors import InputError, LabError
+
+_MOST_PATH_BYTES = 107
+"""Of a Unix socket's name: sun_path has 108, with a zero byte (unix(7))."""
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 
@@ -59,6 +64,16 @@ def check_name(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have errors of the block name the file: those of a write to an open one do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class LabFolder:
     """A folder that this process has locked. Children that inherit ``lock_fd`` keep the lock."""
 
@@ -72,8 +87,9 @@ class LabFolder:
 
     def write_record(self, record: LabRecord) -> None:
         new = self.path / "lab.json.new"
-        new.write_text(json.dumps(asdict(record)))
-        new.replace(self.path / "lab.json")
+        with named(new):
+            new.write_text(json.dumps(asdict(record)))
+            new.replace(self.path / "lab.json")
 
     def unlock(self) -> None:
         """Let go of our own hold; the lab's processes have theirs."""
@@ -100,10 +116,25 @@ def claim_folder(name: str) -> LabFolder:
         raise LabError(f"cannot make the folder of lab {name!r}, {where}: {describe_oserror(error)}") from error
 
 
+_ELSEWHERE = "`XDG_RUNTIME_DIR=FOLDER testbed up` keeps labs in another folder where /run is read-only"
+_NEXT_STEPS = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EROFS: _ELSEWHERE,
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "the whole machine's limit of open files is reached (sysctl fs.file-max)",
+    errno.EAGAIN: "no more processes can be started: end some, or raise the limit (`ulimit -u`, pids.max of the cgroup)",
+    errno.ENOMEM: "free some memory",
+}
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def describe_oserror(error: OSError) -> str:
-    """Return the kernel's words for what failed, with the file if there was one."""
+    """Return the kernel's words for what failed, with the file if there was one, and what to do where that is known."""
     reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename else reason
+    reason = f"{error.filename}: {reason}" if error.filename else reason
+    next_step = _NEXT_STEPS.get(error.errno or 0) if error.filename or error.errno not in _OF_FILES else None
+    return f"{reason}; {next_step}" if next_step else reason
 
 
 def _check_owner(path: Path, *, shared: bool = False) -> None:
@@ -129,6 +160,15 @@ def _check_owner(path: Path, *, shared: bool = False) -> None:
 
 def _claim(name: str) -> LabFolder:
     path = state_root() / check_name(name)
+    if ":" in str(path):
+        raise InputError(
+            f"labs cannot be kept in {path.parent}: a ':' separates files in KUBECONFIG; set XDG_RUNTIME_DIR"
+        )
+    if len(os.fsencode(path / "api" / "api.sock")) > _MOST_PATH_BYTES:
+        raise InputError(
+            f"labs cannot be kept in {path.parent}: the names of sockets there would be too long for the kernel "
+            f"({_MOST_PATH_BYTES} bytes); set XDG_RUNTIME_DIR to a shorter path"
+        )
     while True:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         _check_owner(path.parent, shared=True)
