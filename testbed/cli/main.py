@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -32,6 +33,9 @@ _UNWRITABLE = 3
 def main() -> NoReturn:
     """Run the command line; errors made for users become one message and an exit status, never a traceback."""
     debug = "--debug" in sys.argv[1:2]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal of another character set cannot show is a '?'
+            stream.reconfigure(errors="replace")
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: in a shell's background
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,8 +62,9 @@ def main() -> NoReturn:
             raise
         status = UNREAD if isinstance(error, BrokenPipeError) else _UNWRITABLE
         if status != UNREAD:
-            reason = error.strerror or str(error)
-            _complain(f"{error.filename}: {reason}" if error.filename else reason)
+            from testbed.lab.folder import describe_oserror
+
+            _complain(describe_oserror(error))
     sys.exit(_flushed(status if isinstance(status, int) else 0))
 
 

@@ -14,9 +14,10 @@ import click
 from testbed.errors import InputError, LabError, ManifestError, MissingFeature, Problem, TestbedError
 from testbed.kernel.pace import is_nested
 from testbed.lab.folder import free_name
+from testbed.lab.kubectl import find_kubectl
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import find_scenarios, load_scenario
-from testbed.model.scenario import Scenario, Step
+from testbed.model.scenario import KubectlStep, ResolveStep, Scenario, Step
 from testbed.model.topology import Topology
 from testbed.scenario.lanes import Lane, count_lanes, split
 from testbed.scenario.modes import check_mode, why_not, why_not_here
@@ -77,7 +78,7 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
         check_mode(mode)
         _check_written_for(paths, scenarios, mode)
     courses, scenarios = _with_those_before(courses, scenarios)
-    check_machine()
+    check_machine(_programs(scenarios, options))
     backend = choose_iptables_backend(options.iptables_backend)
     if options.report_folder is not None:
         check_writable(options.report_folder)
@@ -107,6 +108,23 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     if refused is not None:
         raise refused
     return 0 if all(result.passed for result, _ in results) else 1
+
+
+def _programs(scenarios: Sequence[Scenario], options: RunOptions) -> dict[str, str]:
+    """Return program -> Debian package of what steps run on this machine, beside what every lab needs.
+
+    Raises:
+        MissingFeature: there is no kubectl, which is in no package.
+    """
+    steps = [step for scenario in scenarios for step in scenario.steps]
+    needed = {}
+    if any(isinstance(step, KubectlStep) for step in steps):
+        find_kubectl()
+    if any(isinstance(step, ResolveStep) for step in steps):
+        needed["dig"] = "dnsutils"
+    if options.packets is not None and any(step.capture for step in steps):
+        needed["tcpdump"] = "tcpdump"
+    return needed
 
 
 def _plan(

@@ -130,7 +130,8 @@ _Matched = Annotated[
     ),
 ]
 _Table = Annotated[TableWire | None, described("the table that it prints")]
-_NAME_PATTERN = "^[a-z][a-z0-9-]*$"
+_KEPT_NAME = "[a-z][a-z0-9-]*"
+_NAME_PATTERN = f"^{_KEPT_NAME}$"
 _Kept = Annotated[
     str,
     described(
@@ -567,7 +568,7 @@ class ScenarioWire(Wire):
     spec: Annotated[SpecWire | None, described("what is done in which cluster")]
 
 
-KEPT_PATTERN = r"\{\{([a-z][a-z0-9-]*)\}\}"
+KEPT_PATTERN = rf"\{{\{{({_KEPT_NAME})\}}\}}"
 _OF_EACH = frozenset({"pod", "ip", "number"})
 _ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault", "doctor")
 _REQUESTS = ("get", "tcp", "udp")
@@ -918,9 +919,22 @@ class _Reader:
             within_s=_seconds(wire.within) or 0.0,
             claims=self._output_claims(wire, argv, of_each=_OF_EACH if each else frozenset()),
             each=each,
-            editor=wire.editor or "",
+            editor=self._editor(wire),
             **_titled(about, f"kubectl {shlex.join(argv)}{_claims(wire)}"),
         )
+
+    def _editor(self, wire: KubectlWire) -> str:
+        """Return the words of an editor, quoted: kubectl gives what it cannot split by itself to a shell."""
+        if wire.editor is None:
+            return ""
+        try:
+            words = shlex.split(wire.editor)
+        except ValueError as error:
+            self.refuse(wire, "editor", reason=f"{wire.editor!r} cannot be split into words: {str(error).lower()}")
+            return ""
+        if "\0" in wire.editor or not words:
+            self.refuse(wire, "editor", reason=f"{wire.editor!r} names no program")
+        return shlex.join(words)
 
     def _output_claims(
         self, wire: ExecWire | KubectlWire, argv: Sequence[str], *, of_each: frozenset[str] = frozenset()
@@ -937,6 +951,9 @@ class _Reader:
         if wire.differs is not None and wire.differs not in self._kept:
             self.refuse(wire, "differs", reason=f"{wire.differs!r} is kept by no step before")
         if wire.keep is not None:
+            if not re.fullmatch(_KEPT_NAME, wire.keep):
+                reason = f"{wire.keep!r} is no name for an output: a small letter, then small letters, digits and '-'"
+                self.refuse(wire, "keep", reason=reason)
             self._kept.add(wire.keep)
         table = None
         if wire.table is not None and wire.table.columns is not None and wire.table.rows is not None:

@@ -496,7 +496,7 @@ def test_up_says_what_to_type(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch
     """`up` in a mode that this kernel lacks ends with 3 and the same command for the nested kernel."""
     monkeypatch.setattr(testbed.scenario.modes, "why_not", lambda mode: "")
     monkeypatch.setattr(testbed.scenario.modes, "why_not_here", lambda *_: "this kernel has no ip_vs")
-    monkeypatch.setattr(testbed.lab.start, "check_machine", lambda: None)
+    monkeypatch.setattr(testbed.lab.start, "check_machine", lambda *_: None)
     ended = testbed_("up", "my-lab", "--proxy-mode", "ipvs")
     assert ended.status == 3
     assert ended.err.splitlines() == [
