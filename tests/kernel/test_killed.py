@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from testbed.kernel.pace import patient
+from testbed.kernel.processes import Target, call_in, run_in
 from testbed.lab.folder import state_root
 
 pytestmark = [pytest.mark.root]
@@ -153,7 +154,7 @@ class Bench:
             "up": ["up", self.name],
             "run": ["run", "scenario.yaml", "--report", "report"],
             "bench": ["bench", "latency", "--modes", "iptables", "--paths", "direct,clusterip", "--services", "10",
-                      "--duration", "0.2s", "--samples", "3", "--report", "results"],
+                      "--duration", "0.2s", "--samples", "3", "--no-report"],
             "capture": ["capture", "-l", self.name, "all", "--duration", "1s", "-w", "capture.pcapng"],
             "down": ["down", self.name],
         }[command]  # fmt: skip
@@ -246,6 +247,10 @@ def allowed(blow: Blow, stdout: str, stderr: str) -> set[int]:
     return {0, REFUSED, FAILED} if blow.command in ("run", "bench") else {0, REFUSED}
 
 
+def last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
+
+
 def try_blow(bench: Bench, blow: Blow, usual_s: Mapping[str, float], eventually: Callable[..., object]) -> None:
     """Start a command, strike, and look at its end, at what it says and at what is left."""
     if blow.command in ("capture", "down"):
@@ -262,9 +267,9 @@ def try_blow(bench: Bench, blow: Blow, usual_s: Mapping[str, float], eventually:
     for unwanted in ("Traceback", "Exception ignored", "Error in sys."):
         assert unwanted not in stderr + stdout, running.said()
     if status == INTERRUPTED:
-        assert stderr.splitlines()[-1].startswith("interrupted") or "INCOMPLETE: interrupted" in stdout, running.said()
+        assert last_line(stderr).startswith("interrupted") or "INCOMPLETE: interrupted" in stdout, running.said()
     if status == REFUSED:
-        assert stderr.splitlines()[-1].strip(), running.said()
+        assert last_line(stderr), running.said()
     if status == INTERRUPTED and blow.command != "capture":
         # it cleans up before it ends; `down` that was interrupted early has left the lab as it was
         assert blow.command == "down" or bench.left() == {}, f"{bench.left()}{running.said()}"
@@ -293,8 +298,10 @@ def try_all(bench: Bench, blows: list[Blow], seed: int, eventually: Callable[...
     # of the others the beginning says enough of how fast this machine is
     usual_s |= {"run": 3 * usual_s["up"], "bench": 3 * usual_s["up"], "capture": 0.8 * usual_s["up"]}
     for number, blow in enumerate(blows):
+        began = time.monotonic()
         try:
             try_blow(bench, blow, usual_s, eventually)
+            print(f"{number} {blow}: {time.monotonic() - began:.1f} s", flush=True)
         except AssertionError as error:
             again = f"TESTBED_KILL_SEED={seed}, {number} of {len(blows)}, {blow}, usual {usual_s}"
             raise AssertionError(f"{again}: {error}") from None
@@ -305,6 +312,29 @@ def try_all(bench: Bench, blows: list[Blow], seed: int, eventually: Callable[...
 
 def chosen_seed() -> int:
     return int(os.environ.get("TESTBED_KILL_SEED") or random.SystemRandom().randrange(1 << 32))
+
+
+@pytest.mark.parametrize("how", ["run", "call"])
+def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child is killed and waited for: as a zombie it would keep its PID namespace, a lab's, from ending."""
+    fork = os.fork
+
+    def interrupted_fork() -> int:
+        pid = fork()
+        if pid:
+            signal.raise_signal(signal.SIGINT)  # Python raises when the call has returned
+        return pid
+
+    place = Target(name="here", pidfd=os.pidfd_open(os.getpid()), env=dict(os.environ))
+    monkeypatch.setattr(os, "fork", interrupted_fork)
+    with pytest.raises(KeyboardInterrupt):
+        if how == "run":
+            run_in(place, ["sleep", "60"], timeout_s=60)
+        else:
+            call_in(place, time.sleep, 60, timeout_s=60)
+    place.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.timeout(300)
