@@ -127,7 +127,7 @@ class Client:
                 self._eventually(lambda: self._is_settled(app), f"{app} is settled")
         self._settle_proxies()
         window = Window(
-            operation=f"{operation.kind} {app or operation.node}", disturbs=operation.disturbs, begin_s=begin_s,
+            operation=operation.kind, disturbs=operation.disturbs, begin_s=begin_s,
             end_s=time.monotonic(),
         )  # fmt: skip
         print(json.dumps({**asdict(window), "disturbs": sorted(window.disturbs)}), flush=True)

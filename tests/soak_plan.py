@@ -15,6 +15,8 @@ from typing import Any
 
 CLIENTS = 4
 NODES = {"node1": "192.168.93.11", "node2": "192.168.93.12", "node3": "192.168.93.13"}
+KILLED_ON = ("node2", "node3")
+"""Where kube-proxy is killed: that of node1 lives all the time, and must not grow."""
 EVERYTHING = "*"
 MOST_REPLICAS = 4
 APPS = ("red", "green", "blue")
@@ -129,7 +131,9 @@ def _make(kind: str, chance: random.Random, client: int, apps: Mapping[str, App]
         case "delete pod" | "kill program":
             return Operation(kind=kind, app=app, disturbs=both, pick=pick)
         case "kill kube-proxy":  # in userspace mode it is what carries the traffic
-            return Operation(kind=kind, node=node, disturbs=frozenset({EVERYTHING} if userspace else ()))
+            return Operation(
+                kind=kind, node=chance.choice(KILLED_ON), disturbs=frozenset({EVERYTHING} if userspace else ())
+            )
         case "link":
             return Operation(kind=kind, node=node, for_s=chance.uniform(0.2, 1.5), disturbs=frozenset({EVERYTHING}))
         case "edit port":
