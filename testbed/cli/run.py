@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from testbed.errors import InputError, LabError, ManifestError, MissingFeature, Problem, TestbedError
+from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.pace import is_nested
 from testbed.lab.folder import free_name
 from testbed.lab.kubectl import find_kubectl
@@ -348,9 +349,14 @@ def _run_together(
     """
     first = planned[0]
     name = free_name(Path(first.course).resolve().name if len(planned) > 1 else first.scenario.name)
-    with start_lab(
-        first.scenario.topology, name=name, proxy_mode=first.mode, iptables_backend=backend, attached=True
-    ) as lab:
+    with (
+        HeldInterrupts() as interrupts,
+        start_lab(
+            first.scenario.topology, name=name, proxy_mode=first.mode, iptables_backend=backend, attached=True,
+            interrupts=interrupts,
+        ) as lab,
+        interrupts.let_in(),
+    ):  # fmt: skip
         for number, one in enumerate(planned, 1):
             narrator.say(narrator.report.heading(one.scenario.name, one.mode, name, nested=is_nested()))
             with _recorder(options.packets, one.scenario, one.mode, name, narrator) as recorder:
