@@ -1,4 +1,5 @@
-"""Servers that are no pods of ours, as backends of an Ingress: FastCGI, gRPC (with and without TLS), and one that remembers.
+"""Servers that are no pods of ours, as backends of an Ingress: FastCGI, gRPC (with and without TLS), HTTPS, one that lets its
+clients change the protocol, and one that remembers.
 
 Each says what it was asked. All of them end when `stop` connects. They run where `Lab.call` puts them: on an outside host.
 """
@@ -19,25 +20,32 @@ import h2.config
 import h2.connection
 import h2.events
 
-FCGI, GRPC, GRPCS, RECORDER, CONTROL = 9000, 9001, 9002, 9003, 9009
+FCGI, GRPC, GRPCS, RECORDER, HTTPS, UPGRADE, CONTROL = 9000, 9001, 9002, 9003, 9004, 9005, 9009
 _FCGI_BEGIN, _FCGI_END, _FCGI_PARAMS, _FCGI_STDIN, _FCGI_STDOUT = 1, 3, 4, 5, 6
 
 
 def serve(certificate: bytes, key: bytes) -> None:
-    """Serve all of them until `stop`; the certificate is that of GRPCS."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    """Serve all of them until `stop`; the certificate is that of GRPCS and HTTPS."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(certificate + key)
         file.flush()
-        context.load_cert_chain(file.name)
-    context.set_alpn_protocols(["h2"])
+        contexts = {protocol: _context(file.name, protocol) for protocol in ("h2", "http/1.1")}
     _accept(FCGI, _fastcgi)
     _accept(GRPC, _grpc)
-    _accept(GRPCS, lambda plain: _grpc(context.wrap_socket(plain, server_side=True)))
+    _accept(GRPCS, lambda plain: _grpc(contexts["h2"].wrap_socket(plain, server_side=True)))
+    _accept(HTTPS, lambda plain: _tls_only(contexts["http/1.1"].wrap_socket(plain, server_side=True)))
+    _accept(UPGRADE, _upgrade)
     recorder = http.server.ThreadingHTTPServer(("0.0.0.0", RECORDER), _Recorder)
     threading.Thread(target=recorder.serve_forever, daemon=True).start()
     with socket.create_server(("0.0.0.0", CONTROL)) as control:
         control.accept()
+
+
+def _context(file: str, protocol: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    context.set_alpn_protocols([protocol])
+    return context
 
 
 def stop() -> None:
@@ -87,6 +95,25 @@ class _Recorder(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Say nothing: the tests' output is not the place."""
+
+
+def _tls_only(made: ssl.SSLSocket) -> None:
+    with made:
+        made.recv(65536)
+        text = json.dumps({"pod": "https", "version": made.version()}).encode()
+        made.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+
+
+def _upgrade(made: socket.socket) -> None:
+    """Change the protocol to one that sends everything back, as WebSocket's handshake does (RFC 9110, 7.8)."""
+    with made:
+        head = made.recv(65536).lower()
+        if b"\r\nupgrade: echo\r\n" not in head or b"\r\nconnection: upgrade\r\n" not in head:
+            made.sendall(b"HTTP/1.1 426 Upgrade Required\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            return
+        made.sendall(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: echo\r\nConnection: Upgrade\r\n\r\n")
+        while data := made.recv(65536):
+            made.sendall(data)
 
 
 # --- FastCGI (specification 1.0, sections 3.3 and 5) --------------------------------------------------------------------

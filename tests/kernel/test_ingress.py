@@ -217,7 +217,10 @@ def rules(**hosts: list[Rule]) -> dict[str, list[Rule]]:
 
 def outside() -> list[Object]:
     """Return a Service without a selector for what `other_servers` serves at the client, and its endpoints."""
-    numbers = {"fcgi": other_servers.FCGI, "grpc": other_servers.GRPC, "grpcs": other_servers.GRPCS}
+    numbers = {
+        "fcgi": other_servers.FCGI, "grpc": other_servers.GRPC, "grpcs": other_servers.GRPCS, "https": other_servers.HTTPS,
+        "upgrade": other_servers.UPGRADE,
+    }  # fmt: skip
     ports = [{"name": name, "port": number, "protocol": "TCP"} for name, number in numbers.items()]
     slice_meta = meta("outside-1", labels={"kubernetes.io/service-name": "outside"})
     return [
@@ -274,8 +277,8 @@ OBJECTS: list[Object] = [
     ingress("many", {"many.com": [("/", "Prefix", "many")]}, {"proxy-connect-timeout": "1"}),
     ingress("limits", {"limits.com": EVERYTHING}, {"limit-rps": "1"}),
     ingress("body", {"body.com": EVERYTHING}, {"proxy-body-size": "1k"}),
-    ingress("allow", {"allow.com": EVERYTHING}, {"allowlist-source-range": "192.0.2.0/24"}),
-    ingress("deny", {"deny.com": EVERYTHING}, {"denylist-source-range": "192.168.0.0/16"}),
+    *(ingress(name, {f"{name}.com": EVERYTHING}, {f"{name.split('-')[0]}list-source-range": networks}) for name, networks in {
+        "allow-others": "192.0.2.0/24", "allow-all": "192.0.2.0/24,0.0.0.0/0", "deny-others": "192.0.2.0/24", "deny-all": "0.0.0.0/0"}.items()),
     ingress("basic", {"basic.com": EVERYTHING}, {"auth-type": "basic", "auth-secret": "users"}),
     ingress("closed", {"closed.com": EVERYTHING}, {"auth-type": "basic", "auth-secret": "none"}),
     ingress("outside-ok", {"auth-ok.com": EVERYTHING}, {"auth-url": "http://b.dev.svc.cluster.local/status/200", "auth-response-headers": "X-Served-By"}),
@@ -291,7 +294,8 @@ OBJECTS: list[Object] = [
     ingress("mirrored-to-nobody", {"lost.com": EVERYTHING}, {"mirror-target": f"http://{CLIENT}:9/"}),
     *outside(),
     *(ingress(name, {f"{name}.com": [("/", "Prefix", f"outside:{name}")]}, {"backend-protocol": name.upper()})
-      for name in ("fcgi", "grpc", "grpcs")),
+      for name in ("fcgi", "grpc", "grpcs", "https")),
+    ingress("upgrade", {"upgrade.com": [("/", "Prefix", "outside:upgrade")]}),
     secret("clients", {"ca.crt": client_pair("ann")[0]}),
     *(ingress(name, {f"{name}.com": EVERYTHING}, {"auth-tls-secret": "dev/clients", **said}, tls=[{"hosts": [f"{name}.com"]}])
       for name, said in {
@@ -491,6 +495,47 @@ def test_spread_and_hash(world: World) -> None:
     assert all(len(pods) == 1 for pods in keys.values()) and len(set.union(*keys.values())) > 1
 
 
+def test_ten_pods_and_a_cookie_of_one_that_goes(world: World) -> None:
+    """Conformance: of 100 requests each of ten pods has some. Whoever's pod has gone is sent to another, and stays there."""
+    world.lab.api.scale("deployments.apps", "dev", "many", 10)
+    try:
+        world.until(lambda: len({one.said.get("pod") for one in world.all([("many.com", "/", {})] * 40)}) == 10)
+        answers = world.all([("many.com", "/", {})] * 100)
+        assert {one.status for one in answers} == {200} and len({one.said["pod"] for one in answers}) == 10
+        first = world.ask("sticky.com")
+        held = {"Cookie": first.headers["set-cookie"].split(";")[0]}
+        world.lab.api.delete("pods", "dev", first.said["pod"])
+        # A backup answers at once; with the endpoint gone from the configuration the cookie is nobody's: there is a new one.
+        second = world.until(lambda: "set-cookie" in (one := world.ask("sticky.com", headers=held)).headers and one)
+        assert second.status == 200 and second.said["pod"] != first.said["pod"]
+        held = {"Cookie": second.headers["set-cookie"].split(";")[0]}
+        again = world.all([("sticky.com", "/", {"headers": held})] * 10)
+        assert {one.said["pod"] for one in again} == {second.said["pod"]}
+    finally:
+        world.lab.api.scale("deployments.apps", "dev", "many", 3)
+    world.until(lambda: len(pods_of(world, "many")) == 3)
+    world.settle()
+
+
+def test_who_refuses_is_passed_over(world: World) -> None:
+    """An endpoint that nobody listens at costs no request, not even one with a body; the log names both."""
+    address = pods_of(world, "a")[0]["status"]["podIP"]
+    for port in (8080, 1):
+        world.apply({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": meta(f"half-{port}", labels={"kubernetes.io/service-name": "half"}),
+            "ports": [{"name": "http", "port": port, "protocol": "TCP"}], "endpoints": [{"addresses": [address]}],
+        })  # fmt: skip
+    world.apply(
+        {"apiVersion": "v1", "kind": "Service", "metadata": meta("half"), "spec": {"ports": [{"name": "http", "port": 80}]}},
+        ingress("half", {"half.com": [("/", "Prefix", "half")]}),
+    )  # fmt: skip
+    world.until(lambda: world.serves("half.com"))
+    posts = [("half.com", "/half", {"method": "POST", "body": b"x"})] * 12
+    assert {one.status for one in world.all([("half.com", "/half", {})] * 12 + posts)} == {200}
+    world.until(lambda: f"{address}:1, {address}:8080" in world.log(), within_s=10)
+
+
 # --- limits and guards -------------------------------------------------------------------------------------------------
 
 
@@ -498,7 +543,10 @@ def test_guards(world: World) -> None:
     """Body size, addresses, passwords, somebody else's word, origins."""
     assert world.ask("body.com", method="POST", body=b"x" * 2000).status == 413
     assert world.ask("body.com", method="POST", body=b"x" * 1000).status == 200
-    assert world.ask("allow.com").status == 403 and world.ask("deny.com").status in (200, 403)
+    statuses = {
+        name: world.ask(f"{name}.com").status for name in ("allow-others", "allow-all", "deny-others", "deny-all")
+    }
+    assert statuses == {"allow-others": 403, "allow-all": 200, "deny-others": 200, "deny-all": 403}
     assert world.ask("basic.com").status == 401
     token = base64.b64encode(b"ann:secret").decode()
     assert world.ask("basic.com", headers={"Authorization": f"Basic {token}"}).status == 200
@@ -614,6 +662,41 @@ def test_grpc(world: World, name: str) -> None:
 
 
 @pytest.mark.usefixtures("others")
+def test_https_to_the_backend(world: World) -> None:
+    """backend-protocol HTTPS: plain from the client to nginx, TLS from there; the backend's certificate may be anybody's."""
+    answer = world.ask("https.com")
+    assert (answer.status, answer.pod) == (200, "https") and answer.said["version"] in ("TLSv1.2", "TLSv1.3")
+
+
+def _talk_across(words: list[str], seconds: float) -> list[str]:
+    """Change the protocol through the controller, and return what comes back of each word, said with pauses between them."""
+    found = []
+    with socket.create_connection((NODE, PORT), timeout=20) as made:
+        made.sendall(b"GET / HTTP/1.1\r\nHost: upgrade.com\r\nUpgrade: echo\r\nConnection: Upgrade\r\n\r\n")
+        found.append(made.recv(65536).decode().split("\r\n")[0])
+        for word in words:
+            made.sendall(word.encode())
+            found.append(made.recv(65536).decode())
+            time.sleep(seconds / len(words))
+    return found
+
+
+@pytest.mark.usefixtures("others")
+def test_a_changed_protocol_outlives_reloads(world: World) -> None:
+    """As for WebSocket: Upgrade is passed on, and the connection stays while its worker drains."""
+    assert world.ask("upgrade.com").status == 426
+    heard: list[list[str]] = []
+    words = [f"word-{number}" for number in range(20)]
+    thread = threading.Thread(
+        target=lambda: heard.append(world.lab.call("client", _talk_across, words, 4.0, timeout_s=60))
+    )
+    thread.start()
+    world.settle()  # two reloads at least
+    thread.join()
+    assert heard == [["HTTP/1.1 101 Switching Protocols", *words]]
+
+
+@pytest.mark.usefixtures("others")
 def test_mirror(world: World) -> None:
     """A copy goes to somebody else, who has no say: the answer is the backend's, also when nobody takes the copy."""
     answer = world.ask("mirror.com", "/p?q=1", method="POST", body=b"twice")
@@ -621,6 +704,30 @@ def test_mirror(world: World) -> None:
     copy = {"method": "POST", "path": "/copy/p?q=1", "host": "copies.example", "body": "twice"}
     world.until(lambda: copy in world.lab.call("client", other_servers.recorded, timeout_s=10), within_s=10)
     assert world.ask("lost.com").pod == "a"
+
+
+def test_the_configmap_is_followed(world: World) -> None:
+    """A change of the controller's ConfigMap is a reload: what it says holds for every host."""
+    name = ("ingress-nginx", "ingress-nginx-controller")
+    told = {
+        "use-forwarded-headers": "true", "proxy-real-ip-cidr": "0.0.0.0/0", "http-redirect-code": "301", "hsts": "false",
+        "log-format-upstream": "told $remote_addr $proxy_upstream_name",
+    }  # fmt: skip
+    before = world.ask("root.com", headers={"X-Forwarded-For": "203.0.113.7"})
+    assert before.seen["x-forwarded-for"] != "203.0.113.7"
+    world.lab.api.patch("configmaps", *name, {"data": told})
+
+    def forwarded() -> str:
+        return world.ask("root.com", headers={"X-Forwarded-For": "203.0.113.7"}).seen["x-forwarded-for"]
+
+    world.until(lambda: forwarded() == "203.0.113.7")
+    world.settle()
+    assert world.ask("foo.bar.com").status == 301
+    assert "strict-transport-security" not in world.ask("foo.bar.com", tls=True).headers
+    world.until(lambda: "told 203.0.113.7 dev-a-80" in world.log(), within_s=10)
+    world.lab.api.patch("configmaps", *name, {"data": dict.fromkeys(told)})
+    world.until(lambda: forwarded() != "203.0.113.7")
+    world.settle()
 
 
 # --- log, metrics, events ----------------------------------------------------------------------------------------------
