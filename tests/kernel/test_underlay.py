@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import pickle
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
