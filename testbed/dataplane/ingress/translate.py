@@ -165,7 +165,7 @@ class _Translation:
             options=self._options,
             resolvers=self._resolvers,
             default_certificate=self._add_file(pem, "pem") if pem else "",
-            upstreams=tuple(self._upstreams[name] for name in sorted(self._upstreams)),
+            upstreams=tuple(self._upstreams[name] for name in sorted(self._upstreams, key=_upstream_order)),
             servers=servers,
             maps=self._features.maps,
             splits=self._features.splits,
@@ -451,6 +451,11 @@ class _Translation:
         forced = settings.force_ssl_redirect if said.force_ssl_redirect is None else said.force_ssl_redirect
         wanted = settings.ssl_redirect if said.ssl_redirect is None else said.ssl_redirect
         return forced or (has_tls and wanted)
+
+
+def _upstream_order(name: str) -> tuple[bool, str]:
+    """The default backend first: nearly every server names it, and nginx goes through upstreams from the first on."""
+    return name != DEFAULT_BACKEND, name
 
 
 def _location_order(rule: PathRule) -> tuple[int, tuple[int, ...], int, int]:
