@@ -162,7 +162,7 @@ def _claim(name: str) -> LabFolder:
     path = state_root() / check_name(name)
     if ":" in str(path):
         raise InputError(
-            f"labs cannot be kept in {path.parent}: a ':' separates files in KUBECONFIG; set XDG_RUNTIME_DIR"
+            f"labs cannot be kept in {path.parent}: a ':' separates files in KUBECONFIG; set XDG_RUNTIME_DIR to another folder"
         )
     if len(os.fsencode(path / "api" / "api.sock")) > _MOST_PATH_BYTES:
         raise InputError(

@@ -25,6 +25,7 @@ from testbed.api.client import ApiClient
 from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
 from testbed.kernel.iptables import default_backend, detect_backend
+from testbed.kernel.limits import spare_processes
 from testbed.kernel.modules import ensure_bridge_netfilter
 from testbed.kernel.pace import patient
 from testbed.kernel.runner import SubprocessRunner
@@ -40,6 +41,9 @@ _MOST_WARNINGS = 5
 
 LEAST_OPEN_FILES = 1024
 """Of a process: a lab of three nodes has about a hundred open, and a pod adds up to ten."""
+
+_PROCESSES, _PROCESSES_OF_A_NODE = 40, 10
+"""Of a lab before its first pod, threads among them: 54 with three nodes, at the most."""
 
 _TOOLS = {
     "tini": "tini",
@@ -91,6 +95,16 @@ def _ensure_open_files() -> None:
         ) from None
 
 
+def _check_processes(topology: Topology) -> None:
+    needed = _PROCESSES + _PROCESSES_OF_A_NODE * len(topology.nodes)
+    spare = spare_processes()
+    if spare is not None and spare[0] < needed:
+        raise MissingFeature(
+            f"{spare[0]} more processes and threads can be started here, and a lab of {len(topology.nodes)} nodes needs "
+            f"{needed}: raise the limit in {spare[1]}/pids.max (TasksMax= of a systemd unit, --pids-limit of a container)"
+        )
+
+
 def choose_iptables_backend(wanted: str = "") -> str:
     """Return the backend of iptables that a lab's nodes use: the wanted one, or what ``iptables`` is on this machine.
 
@@ -127,6 +141,7 @@ def start_lab(
         LabError: a lab of that name is running, or it did not get ready; nothing of it is left.
     """
     check_machine()
+    _check_processes(topology)
     backend = choose_iptables_backend(iptables_backend)
     folder = claim_folder(name)
     try:
