@@ -181,11 +181,15 @@ def _claim(name: str) -> LabFolder:
             )
         if folder is not _GONE:
             break
-    for entry in path.iterdir():
-        if entry.name != "lock":
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    path.chmod(0o700)
-    (path / "api").mkdir(mode=0o700)
+    try:
+        for entry in path.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        path.chmod(0o700)
+        (path / "api").mkdir(mode=0o700)
+    except OSError:
+        folder.remove()
+        raise
     return folder
 
 

@@ -53,7 +53,8 @@ _TOOLS = {
     "nginx": "nginx-light",
     "conntrack": "conntrack",
     "dnsmasq": "dnsmasq-base",
-    "mnexec": "mininet",  # Mininet looks for these two, and ends the process that lacks one
+    "which": "debianutils",  # by which Mininet looks for the next two, and ends a process that lacks one
+    "mnexec": "mininet",
     "ifconfig": "net-tools",
 }
 """Program -> Debian package, for what every lab needs."""

@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import yaml
 from hostile import hostile_texts
+from machine import processes_below
 
 from testbed.errors import ApiError, MissingFeature
 from testbed.kernel.pace import patient
@@ -132,24 +133,9 @@ def of_nobody(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def processes_of(lab: Lab) -> list[int]:
-    """Return every process of a lab, as the host numbers them."""
-    found, heads = [], [lab.pid]
-    while heads:
-        found += heads
-        heads = [
-            int(child)
-            for head in heads
-            for child in (
-                Path(f"/proc/{head}/task/{head}/children").read_text().split() if Path(f"/proc/{head}").exists() else ()
-            )
-        ]
-    return found
-
-
 def test_another_user_reads_and_reaches_nothing(lab: Lab) -> None:
     """Files, sockets and processes of a lab are closed to other users of the machine."""
-    every = " ".join(f"/proc/{pid}" for pid in processes_of(lab))
+    every = " ".join(f"/proc/{pid}" for pid in processes_below(lab.pid))
     env = {**os.environ, "PROCESSES": every}
     assert of_nobody("/usr/bin/python3", "-c", _AS_NOBODY, str(lab.folder), env=env, cwd="/").stdout == ""
     root = subprocess.run(
@@ -287,7 +273,7 @@ _LISTENS = 1 << 16  # __SO_ACCEPTCON
 def test_what_listens_on_the_host(lab: Lab, server: Server) -> None:
     """Of all sockets that a lab's processes hold, the host's namespace has one, on 127.0.0.1, and one in the lab's folder."""
     inodes = set()
-    for pid in processes_of(lab):
+    for pid in processes_below(lab.pid):
         with contextlib.suppress(OSError):
             for entry in os.scandir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
