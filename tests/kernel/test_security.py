@@ -499,6 +499,22 @@ def test_words_of_a_scenario_are_words(lab: Lab, tmp_path: Path) -> None:
 # --- files of a pod ----------------------------------------------------------------------------------------------------
 
 
+def test_what_nodes_and_pods_see_of_the_machines_files(lab: Lab, tmp_path: Path) -> None:
+    """A node writes your files, but for /etc, /run and /sys; a pod reads them, and what it writes is its own."""
+
+    def run(where: str, script: str) -> str:
+        done = lab.run(where, ["sh", "-c", script], timeout_s=20)
+        return (done.stdout + done.stderr).decode()
+
+    mark = f"testbed-mark-{os.getpid()}"
+    assert run("node1", f"touch {tmp_path}/node /etc/{mark} /run/{mark}") == ""
+    assert os.listdir(tmp_path) == ["node"]
+    assert run(
+        "dev/shell", f"stat -c %s {ROOT}/setup.cfg /etc/shadow; touch /var/{mark} {ROOT}/{mark} && ls /var/{mark}"
+    ) == (f"{(ROOT / 'setup.cfg').stat().st_size}\n{Path('/etc/shadow').stat().st_size}\n/var/{mark}\n")
+    assert not [path for path in (Path("/etc"), Path("/run"), Path("/var"), ROOT) if (path / mark).exists()]
+
+
 @pytest.fixture(scope="module")
 def kubectl(lab: Lab) -> list[str]:
     """The words that kubectl is run with."""
