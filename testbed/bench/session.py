@@ -12,6 +12,7 @@ from testbed.bench.results import Machine, Skipped
 from testbed.bench.runner import Recording, Site, record
 from testbed.bench.site import LabSite, lab_topology
 from testbed.errors import KernelError, LabError, TestbedError
+from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.pace import is_nested
 from testbed.lab.folder import free_name
 from testbed.lab.start import start_lab
@@ -56,31 +57,35 @@ def measure(
     Raises:
         TestbedError: no lab started, or one has ended.
     """
-    with ExitStack() as stack:
+    with HeldInterrupts() as interrupts, ExitStack() as stack:
         sites: dict[str, Site] = {}
         refusals: list[TestbedError] = []
         for mode in modes:
             listener.on_step(f"starting a lab in {mode}")
             try:
-                site = stack.enter_context(_start(benchmark, mode, iptables_backend))
-                site.set_up()
+                site = stack.enter_context(_start(benchmark, mode, iptables_backend, interrupts))
+                with interrupts.let_in():
+                    site.set_up()
             except (KernelError, LabError) as error:
                 refusals.append(error)
                 session.recording.skipped.append(Skipped(mode=mode, what="", reason=str(error)))
                 continue
             sites[mode] = site
-            session.machine.offloads = session.machine.offloads or site.offloads()
+            if not session.machine.offloads:
+                with interrupts.let_in():
+                    session.machine.offloads = site.offloads()
         if not sites:
             raise refusals[0]
-        record(
-            benchmark, sites, session.recording, machine=session.machine.id, on_step=listener.on_step,
-            on_done=listener.on_done, on_round=listener.on_round, load=lambda: round(os.getloadavg()[0], 2),
-        )  # fmt: skip
+        with interrupts.let_in():
+            record(
+                benchmark, sites, session.recording, machine=session.machine.id, on_step=listener.on_step,
+                on_done=listener.on_done, on_round=listener.on_round, load=lambda: round(os.getloadavg()[0], 2),
+            )  # fmt: skip
 
 
-def _start(benchmark: Benchmark, mode: str, iptables_backend: str) -> LabSite:
+def _start(benchmark: Benchmark, mode: str, iptables_backend: str, interrupts: HeldInterrupts) -> LabSite:
     lab = start_lab(
         lab_topology(benchmark), name=free_name(f"bench-{mode}"), proxy_mode=mode, iptables_backend=iptables_backend,
-        attached=True,
+        attached=True, interrupts=interrupts,
     )  # fmt: skip
     return LabSite(lab, mode, benchmark)

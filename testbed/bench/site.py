@@ -223,7 +223,7 @@ class LabSite:
 
             def has_all(node: str = node, wanted: float = wanted) -> bool:
                 now = self._metrics(node)
-                return now.get(name, 0) >= wanted and _is_synced(now)
+                return now.get(name, 0) >= wanted and is_synced(now)
 
             what = f"kube-proxy of {node} has not written {changes} more Services"
             self._eventually(has_all, what, SYNC_WITHIN_S + _SERVICE_WITHIN_S * changes)
@@ -384,7 +384,7 @@ class LabSite:
             def has_it(node: str = node, was: dict[str, float] = was) -> dict[str, float]:
                 now = self._metrics(node)
                 heard = now.get(_HEARD, 0) > was.get(_HEARD, 0)
-                return now if heard and now.get(_LAST, 0) >= started and _is_synced(now) else {}
+                return now if heard and now.get(_LAST, 0) >= started and is_synced(now) else {}
 
             now = self._eventually(has_it, f"kube-proxy of {node} has not written a change", SYNC_WITHIN_S)
             ended.append(now[_LAST])
@@ -418,7 +418,7 @@ _TOOK = f"{_PREFIX}proxy_rules_duration_seconds"
 _FULL = f"{_PREFIX}full_proxy_rules_duration_seconds"
 
 
-def _is_synced(metrics: Mapping[str, Any]) -> bool:
+def is_synced(metrics: Mapping[str, Any]) -> bool:
     """Say whether nothing waits to be written."""
     pending = sum(metrics.get(f"{_PREFIX}proxy_rules_{what}_changes_pending", 0) for what in ("service", "endpoint"))
     queued = metrics.get(f"{_PREFIX}proxy_rules_last_queued_timestamp_seconds", 0)

@@ -18,6 +18,7 @@ import click
 from testbed import __version__
 from testbed.cli.bench import bench
 from testbed.errors import ApiError, InputError, ManifestError, MissingFeature, Problem, TestbedError
+from testbed.kernel.interrupts import HeldInterrupts, repeat_lost_interrupts
 
 if TYPE_CHECKING:
     from testbed.lab.folder import LabRecord
@@ -32,19 +33,27 @@ _UNWRITABLE = 3
 
 def main() -> NoReturn:
     """Run the command line; errors made for users become one message and an exit status, never a traceback."""
+    with HeldInterrupts(signal.default_int_handler) as interrupts:  # ignored ones, in a shell's background, stay so
+        repeat_lost_interrupts()
+        status = _flushed(_run(interrupts))
+        interrupts.end_deaf()
+        sys.exit(status)
+
+
+def _run(interrupts: HeldInterrupts) -> int:
+    """Run the command line with interrupts let in, say what went wrong, and return the exit status."""
     debug = "--debug" in sys.argv[1:2]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal of another character set cannot show is a '?'
             stream.reconfigure(errors="replace")
+    status: object
     try:
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: in a shell's background
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted; everything that was started is gone", err=True)
-        status = INTERRUPTED
-    except KeyboardInterrupt:
-        click.echo("interrupted; everything that was started is gone", err=True)
+        with interrupts.let_in():
+            status = cli.main(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        # At a terminal the line has ^C in it; click has ended that already, where it was the one to see it.
+        begin = "" if isinstance(error, click.exceptions.Abort) else "\n"
+        click.echo(f"{begin}interrupted: what this command had started is gone", err=True)
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -65,7 +74,7 @@ def main() -> NoReturn:
             from testbed.lab.folder import describe_oserror
 
             _complain(describe_oserror(error))
-    sys.exit(_flushed(status if isinstance(status, int) else 0))
+    return status if isinstance(status, int) else 0
 
 
 def _complain(error: object) -> None:
@@ -148,16 +157,22 @@ def up(
     if missing := why_not_here(mode, loaded):
         raise MissingFeature(f"{missing}. A lab in the nested kernel, for as long as its shell runs:\n  {_vm_line()}")
     backend = choose_iptables_backend(iptables_backend)
-    with start_lab(
-        loaded, name=name, proxy_mode=mode, iptables_backend=backend, attached=True, on_progress=_progress
-    ) as lab:
-        for source in objects:
-            try:
-                obj, verb = lab.api.apply(source.object)
-            except ApiError as error:  # the lab ends with this command: nothing stays half applied
-                raise ManifestError([Problem(source.file, source.line, error.message)]) from error
-            click.echo(f"{obj['kind'].lower()}/{obj['metadata']['name']} {verb}")
+    with (
+        HeldInterrupts() as interrupts,
+        start_lab(
+            loaded, name=name, proxy_mode=mode, iptables_backend=backend, attached=True, on_progress=_progress,
+            interrupts=interrupts,
+        ) as lab,
+    ):  # fmt: skip
+        with interrupts.let_in():
+            for source in objects:
+                try:
+                    obj, verb = lab.api.apply(source.object)
+                except ApiError as error:  # the lab ends with this command: nothing stays half applied
+                    raise ManifestError([Problem(source.file, source.line, error.message)]) from error
+                click.echo(f"{obj['kind'].lower()}/{obj['metadata']['name']} {verb}")
         lab.detach()
+        interrupts.end_deaf()  # it lives: whoever interrupts now is too late
     nodes = ", ".join(node.name for node in loaded.nodes)
     used, look = f"mode {mode}, iptables-{backend}", "iptables-save -t nat"
     if mode == "nftables":
@@ -218,7 +233,8 @@ def down(name: str | None, every: bool) -> None:
 
     names = [record.name for record in _list_labs()] if every else [name]
     for each in names:
-        click.echo(f"lab {stop_lab(each)} is gone")
+        with HeldInterrupts():
+            click.echo(f"lab {stop_lab(each)} is gone")
     if not names:
         click.echo("no lab is running")
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from testbed.errors import KernelError, NotPresent
 from testbed.kernel import linux
+from testbed.kernel.interrupts import HeldInterrupts
 
 T = TypeVar("T")
 
@@ -65,15 +66,21 @@ def exit_code(wait_status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def fork_in(target: Target, child: Callable[[], int]) -> int:
+def fork_in(target: Target, child: Callable[[], int], *, ends_with_us: bool = False) -> int:
     """Fork a child that lives in every namespace of the target and ends with what ``child()`` returns; return its pid.
 
-    The caller's own namespaces stay as they were.
+    The caller's own namespaces stay as they were. Whoever may be interrupted holds that until the pid is known
+    (`HeldInterrupts`).
+
+    Args:
+        ends_with_us: kill it when we end, however we end.
     """
-    pid = _fork_in_pid_namespace(target.pidfd, target.name)
-    if pid == 0:
-        _be_child(target, child)
-    return pid
+
+    def enter() -> int:
+        linux.setns(target.pidfd, linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWNET)
+        return child()
+
+    return _fork_in_pid_namespace(target.pidfd, target.name, enter, ends_with_us=ends_with_us)
 
 
 def spawn_in_network(
@@ -94,7 +101,6 @@ def spawn_in_network(
     """
 
     def child() -> int:
-        linux.set_parent_death_signal(signal.SIGKILL)
         linux.setns(network_fd, linux.CLONE_NEWNET)
         os.setsid()
         for number, fd in enumerate(fds):
@@ -103,29 +109,31 @@ def spawn_in_network(
         reset_signals()
         return execute(argv, os.environ)
 
-    pid = _fork_in_pid_namespace(pidfd, name)
-    if pid == 0:
-        _end_with(name, child)
-    return pid
+    return _fork_in_pid_namespace(pidfd, name, child, ends_with_us=True)
 
 
-def _fork_in_pid_namespace(pidfd: int, name: str) -> int:
+def _fork_in_pid_namespace(pidfd: int, name: str, child: Callable[[], int], *, ends_with_us: bool) -> int:
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    ourselves = os.pidfd_open(os.getpid()) if ends_with_us else -1
     try:
         try:
             linux.setns(pidfd, linux.CLONE_NEWPID)  # of children only: the child is born inside
         except OSError as error:
             raise NotPresent(f"{name}: its process has ended ({error.strerror})") from error
         try:
-            return os.fork()
+            pid = os.fork()
+            if pid == 0:
+                _be_child(name, child, parent=ourselves)
+            return pid
         except OSError as error:  # ENOMEM: the PID namespace's first process is gone
             raise NotPresent(f"{name}: no process can start there ({error.strerror})") from error
         finally:
-            # Also in the child, where it fails: a process cannot leave its PID namespace, and it does not need to.
             with _ignore_oserror():
                 linux.setns(own, linux.CLONE_NEWPID)
     finally:
         os.close(own)
+        if ourselves >= 0:
+            os.close(ourselves)
 
 
 class _ignore_oserror:  # noqa: N801  # reads as a statement; contextlib costs an import in every forked server
@@ -135,22 +143,23 @@ class _ignore_oserror:  # noqa: N801  # reads as a statement; contextlib costs a
         return kind is not None and issubclass(kind, OSError)
 
 
-def _be_child(target: Target, child: Callable[[], int]) -> NoReturn:
-    def enter() -> int:
-        linux.setns(target.pidfd, linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWNET)
-        return child()
-
-    _end_with(target.name, enter)
-
-
-def _end_with(name: str, child: Callable[[], int]) -> NoReturn:
+def _be_child(name: str, child: Callable[[], int], *, parent: int) -> NoReturn:
     status = 126
     try:
+        if parent >= 0:
+            _end_with(parent)
         status = child()
     except BaseException as error:
         os.write(2, f"{name}: {type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(status)
+
+
+def _end_with(parent: int) -> None:
+    """Be killed when the parent, a pidfd, ends; end now if it has: in another PID namespace, getppid(2) does not tell."""
+    linux.set_parent_death_signal(signal.SIGKILL)
+    if select.select([parent], [], [], 0)[0]:
+        os._exit(1)
 
 
 def become(target: Target) -> None:
@@ -265,14 +274,18 @@ def reap_orphans(own: int) -> None:
             os.waitpid(found.si_pid, 0)
 
 
-def wait_until_ended(pid: int, *, timeout_s: float | None) -> int:
+def wait_until_ended(pid: int, interrupts: HeldInterrupts, *, timeout_s: float | None) -> int:
     """Wait for a child and return its status as a shell shows it; kill it and return 124 when time is out.
 
     Interrupted, kill it as well: a child that nobody waits for would keep its PID namespace, and with it a lab, from ending.
+
+    Args:
+        interrupts: held since before the fork, and let in while we wait.
     """
     pidfd = os.pidfd_open(pid)
     try:
-        late = not select.select([pidfd], [], [], timeout_s)[0]
+        with interrupts.let_in():
+            late = not select.select([pidfd], [], [], timeout_s)[0]
         if late:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
@@ -296,8 +309,10 @@ def run_in(target: Target, argv: Sequence[str], *, stdin: bytes = b"", timeout_s
     try:
         os.write(streams[0], stdin)
         os.lseek(streams[0], 0, os.SEEK_SET)
-        pid = fork_in(target, exec_child(target, argv, (streams[0], streams[1], streams[2])))
-        status = wait_until_ended(pid, timeout_s=timeout_s)
+        with HeldInterrupts() as interrupts:
+            child = exec_child(target, argv, (streams[0], streams[1], streams[2]))
+            pid = fork_in(target, child, ends_with_us=True)
+            status = wait_until_ended(pid, interrupts, timeout_s=timeout_s)
         return Completed(status, _contents(streams[1]), _contents(streams[2]))
     finally:
         for fd in streams:
@@ -320,6 +335,7 @@ def call_in(target: Target, function: Callable[..., T], *args: Any, timeout_s: f
     def child() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills us
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             result: tuple[bool, object] = (True, function(*args))
         except Exception as error:
@@ -333,9 +349,10 @@ def call_in(target: Target, function: Callable[..., T], *args: Any, timeout_s: f
 
     try:
         sys.stdout.flush()
-        pid = fork_in(target, child)
         started = time.monotonic()
-        status = wait_until_ended(pid, timeout_s=timeout_s)
+        with HeldInterrupts() as interrupts:
+            pid = fork_in(target, child, ends_with_us=True)
+            status = wait_until_ended(pid, interrupts, timeout_s=timeout_s)
         if status == 124 and time.monotonic() - started >= timeout_s:
             raise KernelError(f"{target.name}: {function.__name__} did not end within {timeout_s:g} s")
         packed = _contents(answer)

@@ -9,7 +9,7 @@
     ├── etc/hosts …      written into upper before the mount
     └── volumes          bind mounts
 
-The root is entered with pivot_root, not chroot: nsenter and setns land outside a chroot (DESIGN 4.12). An overlay over /
+The root is entered with pivot_root, not chroot: nsenter and setns land outside a chroot. An overlay over /
 leaves out file systems mounted below /, so those that programs need (``keep``) are bound in, read-only.
 """
 

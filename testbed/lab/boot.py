@@ -7,9 +7,11 @@ Mininet are loaded here, because every pod's process is forked from this one and
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import sys
@@ -28,6 +30,8 @@ def main() -> int:
     with os.fdopen(int(sys.argv[1]), "rb") as file:
         request: LabRequest = pickle.loads(file.read())  # noqa: S301  # written by the process that started us
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if request.lifeline_fd >= 0:
+        _set_fatal(request.lifeline_fd, True)
     _choose_open_files()
     try:
         forker = start_forker(request.api_fd)
@@ -53,6 +57,19 @@ def _choose_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
             return
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
+
+
+def _set_fatal(lifeline: int, is_fatal: bool) -> None:
+    """Say whether the kernel ends this process, and so the lab, as soon as whoever starts it is gone.
+
+    The pipe sends SIGIO when its last writer goes (fcntl(2), O_ASYNC), whose default is to end. `Spawner.serve`, later, looks
+    by itself; all who have inherited the descriptor share the flag.
+    """
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(lifeline, fcntl.F_GETFL) & ~os.O_ASYNC
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, flags | (os.O_ASYNC if is_fatal else 0))
+    if select.select([lifeline], [], [], 0)[0]:
+        sys.exit(1)
 
 
 def _be_control(request: LabRequest, spawner: socket.socket) -> None:
@@ -96,6 +113,8 @@ def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> 
     # The control process reports from here on; holding the pipe would hide its death from whoever waits.
     os.close(request.progress_fd)
     lifeline = [request.lifeline_fd] if request.lifeline_fd >= 0 else []
+    for fd in lifeline:
+        _set_fatal(fd, False)
     spawner.serve(socket.socket(fileno=request.listener_fd), until=lifeline)
     return 0
 

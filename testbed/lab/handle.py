@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from testbed.api.client import ApiClient
 from testbed.errors import LabError, TestbedError
 from testbed.kernel import linux
+from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.processes import (
     Completed,
     Target,
@@ -177,13 +178,25 @@ class Lab(AbstractContextManager["Lab"]):
             become(target)
             return execute(argv, target.env)
 
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)}
+        pids: list[int] = []
+
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            for pid in pids:
+                os.kill(pid, number)
+
+        # The terminal sends the first two to the child as well; the third is passed on.
+        reactions: dict[int, Any] = {
+            signal.SIGINT: signal.SIG_IGN,
+            signal.SIGQUIT: signal.SIG_IGN,
+            signal.SIGTERM: pass_on,
+        }
+        before = {number: signal.getsignal(number) for number in reactions}
         try:
-            pid = fork_in(target, child)
-            for number in before:
-                # the terminal sends the first two to the child as well; the third is passed on
-                signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else lambda n, _frame: os.kill(pid, n))
-            return wait_until_ended(pid, timeout_s=None)
+            for number, reaction in reactions.items():
+                signal.signal(number, reaction)
+            with HeldInterrupts() as interrupts:
+                pids.append(fork_in(target, child))
+                return wait_until_ended(pids[0], interrupts, timeout_s=None)
         finally:
             target.close()
             for number, handler in before.items():

@@ -24,6 +24,7 @@ from typing import NoReturn
 from testbed.api.client import ApiClient
 from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
+from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.iptables import default_backend, detect_backend
 from testbed.kernel.limits import spare_processes
 from testbed.kernel.modules import ensure_bridge_netfilter
@@ -41,6 +42,8 @@ _MOST_WARNINGS = 5
 
 LEAST_OPEN_FILES = 1024
 """Of a process: a lab of three nodes has about a hundred open, and a pod adds up to ten."""
+_END_WITHIN_S = 30.0
+"""A lab takes a fraction of a second; the kernel some more where there is a lot to give back."""
 
 _PROCESSES, _PROCESSES_OF_A_NODE = 40, 10
 """Of a lab before its first pod, threads among them: 54 with three nodes, at the most."""
@@ -130,10 +133,13 @@ def start_lab(
     attached: bool,
     iptables_backend: str = "",
     on_progress: Callable[[str], None] = lambda _: None,
+    interrupts: HeldInterrupts | None = None,
 ) -> Lab:
     """Start a lab and return when kube-proxy has synced on every node.
 
     Args:
+        interrupts: held by the caller, who lets them in while it uses the lab, so that one that comes just before or after
+            does not leave the lab to itself; they are let in here while we wait.
         attached: end the lab when this process ends, however it ends, unless it calls `Lab.detach` first.
         iptables_backend: what ``iptables`` is on the nodes, ``legacy`` or ``nft``; '' what it is on this machine.
         on_progress: called with a word for each phase that was reached.
@@ -141,12 +147,19 @@ def start_lab(
     Raises:
         LabError: a lab of that name is running, or it did not get ready; nothing of it is left.
     """
-    check_machine()
-    _check_processes(topology)
-    backend = choose_iptables_backend(iptables_backend)
+    if interrupts is None:
+        with HeldInterrupts() as own:
+            return start_lab(
+                topology, name=name, proxy_mode=proxy_mode, attached=attached, iptables_backend=iptables_backend,
+                on_progress=on_progress, interrupts=own,
+            )  # fmt: skip
+    with interrupts.let_in():  # the terminal's Ctrl-C ends the programs that are asked, too
+        check_machine()
+        _check_processes(topology)
+        backend = choose_iptables_backend(iptables_backend)
     folder = claim_folder(name)
     try:
-        return _start(folder, topology, proxy_mode, backend, attached, on_progress)
+        return _start(folder, topology, proxy_mode, backend, attached, on_progress, interrupts)
     except BaseException as error:
         folder.remove()
         if isinstance(error, OSError):
@@ -161,6 +174,7 @@ def _start(
     iptables_backend: str,
     attached: bool,
     on_progress: Callable[[str], None],
+    interrupts: HeldInterrupts,
 ) -> Lab:
     # The folder may be removed by others once the lab has ended; what it said last is read here all the same.
     log = os.open(folder.path / "lab.log", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -190,13 +204,13 @@ def _start(
         started = time.time()
         names = tuple(node.name for node in topology.nodes)
         folder.write_record(LabRecord(folder.name, pid, started, topology.name, names, proxy_mode, iptables_backend))
-        _wait_until_ready(folder, progress, log, on_progress)
+        with interrupts.let_in():
+            _wait_until_ready(folder, progress, log, on_progress)
     except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
         os.close(log)
         if lifeline >= 0:
             os.close(lifeline)
+        end_process_tree(pid, folder.name)
         raise
     finally:
         os.close(progress)
@@ -307,14 +321,15 @@ class _Refused(TestbedError):
 
 
 def stop_lab(name: str | None) -> str:
-    """End a lab and everything in it, and return its name.
+    """End a lab and everything in it, and return its name. Once begun, that is not interrupted.
 
     Raises:
-        LabError: there is no such lab, or it did not end within 10 s.
+        LabError: there is no such lab, or it did not end in time.
     """
     record = find_record(name)
-    end_process_tree(record.pid, record.name)
-    list_records()  # removes the folder of every lab whose lock nobody holds any more
+    with HeldInterrupts():
+        end_process_tree(record.pid, record.name)
+        list_records()  # removes the folder of every lab whose lock nobody holds any more
     return record.name
 
 
@@ -328,8 +343,9 @@ def end_process_tree(pid: int, name: str) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         # A PID namespace's first process is not gone before all others are.
-        if not select.select([pidfd], [], [], 10)[0]:
-            raise LabError(f"lab {name!r}: its processes (first: {pid}) did not end within 10 s of SIGKILL")
+        within_s = patient(_END_WITHIN_S)
+        if not select.select([pidfd], [], [], within_s)[0]:
+            raise LabError(f"lab {name!r}: its processes (first: {pid}) did not end within {within_s:g} s of SIGKILL")
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # if it was our own child
     finally:

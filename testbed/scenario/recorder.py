@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Protocol
 
 from testbed.errors import LabError
+from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.pace import patient
 from testbed.model.topology import Topology
 
@@ -52,14 +53,20 @@ class _Process:
         self.file = file
         self._said = b""
         argv = [sys.executable, "-m", "testbed", "capture", "-l", lab, "-w", str(file), *arguments]
-        self._process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-        try:
-            self._wait_until_listening()
-        except BaseException:
-            self.discard()
-            raise
+        with HeldInterrupts() as interrupts:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+            try:
+                with interrupts.let_in():
+                    self._wait_until_listening()
+            except BaseException:
+                self.discard()
+                raise
 
     def _wait_until_listening(self) -> None:
         assert self._process.stderr

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +36,17 @@ def own_network() -> Iterator[None]:
     finally:
         linux.setns(outside, linux.CLONE_NEWNET)
         os.close(outside)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """The command line ends deaf to signals, as its process does; this one goes on."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
 
 
 def _set_up(link: str) -> None:
