@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 import pytest
 
+from testbed.kernel import linux
 from testbed.kernel.modules import why_no_ipvs
 from testbed.kernel.pace import is_nested, patient
 
@@ -72,8 +73,9 @@ class NestedTests:
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the machine
         command = [*MACHINE, sys.executable, __file__, *self._options]
         vm = subprocess.Popen(
-            command, cwd=config.rootpath, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+            command, cwd=config.rootpath, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            preexec_fn=_end_with_parent,
+        )  # fmt: skip
         assert vm.stdin and vm.stdout
         # room for all reports: they are read when the last test from here is over
         fcntl.fcntl(vm.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -103,6 +105,10 @@ class NestedTests:
         said = self._log.read()[-4000:]
         text = f"the nested kernel's pytest ended without a word about this test; it said:\n{said}"
         return pytest.TestReport(item.nodeid, item.location, dict(item.keywords), "failed", text, "call")
+
+
+def _end_with_parent() -> None:
+    linux.set_parent_death_signal(signal.SIGKILL)
 
 
 def hand_over(config: pytest.Config, items: list[pytest.Item]) -> None:

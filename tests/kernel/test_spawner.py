@@ -112,6 +112,7 @@ def linux_restore(own: int) -> None:
 def be_spawner(connection: socket.socket, folder: str, log: Path, *, with_forker: bool) -> None:
     sys.stderr = log.open("w")
     try:
+        linux.set_parent_death_signal(signal.SIGKILL)  # of a pytest that is killed
         linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
         linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
         linux.mount("proc", "/proc", "proc")
