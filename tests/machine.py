@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from testbed.kernel import linux
 from testbed.kernel.rootfs import overlay_options
 
 ROOT = Path(__file__).parents[1]
+_NSENTER = shutil.which("nsenter") or "nsenter"  # whatever PATH the program is to have
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Machine(contextlib.AbstractContextManager["Machine"]):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.testbed("down", "--all")
+        if self.run("sh", "-c", "ls -d /run/testbed/*/lock", cwd="/").status == 0:
+            self.testbed("down", "--all")
         self._holder.communicate()
 
     def run(
@@ -61,7 +64,7 @@ class Machine(contextlib.AbstractContextManager["Machine"]):
         cwd: Path | str | None = None, timeout_s: float = 120,
     ) -> Ended:  # fmt: skip
         """Run a program in there; ``before`` is called in its process first, a None in ``env`` unsets a variable."""
-        enter = ["nsenter", f"--target={self._holder.pid}", "--mount", f"--wdns={cwd or self.project}", "--"]
+        enter = [_NSENTER, f"--target={self._holder.pid}", "--mount", f"--wdns={cwd or self.project}", "--"]
         merged = {**self.env, **env}
         done = subprocess.run(
             [*enter, *argv], capture_output=True, check=False, timeout=timeout_s, preexec_fn=before, stdin=subprocess.DEVNULL,
@@ -88,6 +91,20 @@ class Machine(contextlib.AbstractContextManager["Machine"]):
 
 def _is_ours(path: str) -> bool:
     return Path(path).is_relative_to(ROOT)
+
+
+def processes_below(first: int) -> list[int]:
+    """Return a process and all that descend from it, as this PID namespace numbers them."""
+    found: list[int] = []
+    heads = [first]
+    while heads:
+        found += heads
+        below: list[int] = []
+        for head in heads:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                below += map(int, Path(f"/proc/{head}/task/{head}/children").read_text().split())
+        heads = below
+    return found
 
 
 def limit(kind: int, soft: int, hard: int | None = None) -> Callable[[], None]:

@@ -162,7 +162,7 @@ def _claim(name: str) -> LabFolder:
     path = state_root() / check_name(name)
     if ":" in str(path):
         raise InputError(
-            f"labs cannot be kept in {path.parent}: a ':' separates files in KUBECONFIG; set XDG_RUNTIME_DIR"
+            f"labs cannot be kept in {path.parent}: a ':' separates files in KUBECONFIG; set XDG_RUNTIME_DIR to another folder"
         )
     if len(os.fsencode(path / "api" / "api.sock")) > _MOST_PATH_BYTES:
         raise InputError(
@@ -181,11 +181,15 @@ def _claim(name: str) -> LabFolder:
             )
         if folder is not _GONE:
             break
-    for entry in path.iterdir():
-        if entry.name != "lock":
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    path.chmod(0o700)
-    (path / "api").mkdir(mode=0o700)
+    try:
+        for entry in path.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        path.chmod(0o700)
+        (path / "api").mkdir(mode=0o700)
+    except OSError:
+        folder.remove()
+        raise
     return folder
 
 

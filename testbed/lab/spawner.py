@@ -41,6 +41,7 @@ from testbed.lab.container import (
     order_of,
     prepare_mounts,
 )
+from testbed.lab.folder import describe_oserror
 from testbed.lab.forker import FORKED_ELSEWHERE, Forker, ForkerGone
 from testbed.lab.frames import FrameReader, send_frame
 from testbed.lab.hostpaths import HostPaths
@@ -311,7 +312,7 @@ class Spawner:
             streams.close()
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
-                reason = f"could not start container {spec.name!r}: {error.strerror}"
+                reason = f"could not start container {spec.name!r}: {describe_oserror(error)}"
                 raise KernelError(f"{sandbox.name}: {reason}") from error
             raise
         finally:

@@ -26,6 +26,7 @@ from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
 from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.iptables import default_backend, detect_backend
+from testbed.kernel.limits import spare_processes
 from testbed.kernel.modules import ensure_bridge_netfilter
 from testbed.kernel.pace import patient
 from testbed.kernel.runner import SubprocessRunner
@@ -44,6 +45,9 @@ LEAST_OPEN_FILES = 1024
 _END_WITHIN_S = 30.0
 """A lab takes a fraction of a second; the kernel some more where there is a lot to give back."""
 
+_PROCESSES, _PROCESSES_OF_A_NODE = 40, 10
+"""Of a lab before its first pod, threads among them: 54 with three nodes, at the most."""
+
 _TOOLS = {
     "tini": "tini",
     "ip": "iproute2",
@@ -52,7 +56,8 @@ _TOOLS = {
     "nginx": "nginx-light",
     "conntrack": "conntrack",
     "dnsmasq": "dnsmasq-base",
-    "mnexec": "mininet",  # Mininet looks for these two, and ends the process that lacks one
+    "which": "debianutils",  # by which Mininet looks for the next two, and ends a process that lacks one
+    "mnexec": "mininet",
     "ifconfig": "net-tools",
 }
 """Program -> Debian package, for what every lab needs."""
@@ -92,6 +97,16 @@ def _ensure_open_files() -> None:
             f"a process may have {hard} files open here, and a lab's need {LEAST_OPEN_FILES}: raise the limit where it was "
             "lowered (`ulimit -Hn`, /etc/security/limits.conf, LimitNOFILE= of a systemd service)"
         ) from None
+
+
+def _check_processes(topology: Topology) -> None:
+    needed = _PROCESSES + _PROCESSES_OF_A_NODE * len(topology.nodes)
+    spare = spare_processes()
+    if spare is not None and spare[0] < needed:
+        raise MissingFeature(
+            f"{spare[0]} more processes and threads can be started here, and a lab of {len(topology.nodes)} nodes needs "
+            f"{needed}: raise the limit in {spare[1]}/pids.max (TasksMax= of a systemd unit, --pids-limit of a container)"
+        )
 
 
 def choose_iptables_backend(wanted: str = "") -> str:
@@ -140,6 +155,7 @@ def start_lab(
             )  # fmt: skip
     with interrupts.let_in():  # the terminal's Ctrl-C ends the programs that are asked, too
         check_machine()
+        _check_processes(topology)
         backend = choose_iptables_backend(iptables_backend)
     folder = claim_folder(name)
     try:

@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import yaml
 from hostile import hostile_texts
+from machine import processes_below
 
 from testbed.errors import ApiError, MissingFeature
 from testbed.kernel.pace import patient
@@ -132,24 +133,9 @@ def of_nobody(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def processes_of(lab: Lab) -> list[int]:
-    """Return every process of a lab, as the host numbers them."""
-    found, heads = [], [lab.pid]
-    while heads:
-        found += heads
-        heads = [
-            int(child)
-            for head in heads
-            for child in (
-                Path(f"/proc/{head}/task/{head}/children").read_text().split() if Path(f"/proc/{head}").exists() else ()
-            )
-        ]
-    return found
-
-
 def test_another_user_reads_and_reaches_nothing(lab: Lab) -> None:
     """Files, sockets and processes of a lab are closed to other users of the machine."""
-    every = " ".join(f"/proc/{pid}" for pid in processes_of(lab))
+    every = " ".join(f"/proc/{pid}" for pid in processes_below(lab.pid))
     env = {**os.environ, "PROCESSES": every}
     assert of_nobody("/usr/bin/python3", "-c", _AS_NOBODY, str(lab.folder), env=env, cwd="/").stdout == ""
     root = subprocess.run(
@@ -287,7 +273,7 @@ _LISTENS = 1 << 16  # __SO_ACCEPTCON
 def test_what_listens_on_the_host(lab: Lab, server: Server) -> None:
     """Of all sockets that a lab's processes hold, the host's namespace has one, on 127.0.0.1, and one in the lab's folder."""
     inodes = set()
-    for pid in processes_of(lab):
+    for pid in processes_below(lab.pid):
         with contextlib.suppress(OSError):
             for entry in os.scandir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
@@ -511,6 +497,22 @@ def test_words_of_a_scenario_are_words(lab: Lab, tmp_path: Path) -> None:
 
 
 # --- files of a pod ----------------------------------------------------------------------------------------------------
+
+
+def test_what_nodes_and_pods_see_of_the_machines_files(lab: Lab, tmp_path: Path) -> None:
+    """A node writes your files, but for /etc, /run and /sys; a pod reads them, and what it writes is its own."""
+
+    def run(where: str, script: str) -> str:
+        done = lab.run(where, ["sh", "-c", script], timeout_s=20)
+        return (done.stdout + done.stderr).decode()
+
+    mark = f"testbed-mark-{os.getpid()}"
+    assert run("node1", f"touch {tmp_path}/node /etc/{mark} /run/{mark}") == ""
+    assert os.listdir(tmp_path) == ["node"]
+    assert run(
+        "dev/shell", f"stat -c %s {ROOT}/setup.cfg /etc/shadow; touch /var/{mark} {ROOT}/{mark} && ls /var/{mark}"
+    ) == (f"{(ROOT / 'setup.cfg').stat().st_size}\n{Path('/etc/shadow').stat().st_size}\n/var/{mark}\n")
+    assert not [path for path in (Path("/etc"), Path("/run"), Path("/var"), ROOT) if (path / mark).exists()]
 
 
 @pytest.fixture(scope="module")
