@@ -6,7 +6,8 @@
         machine.sh("rm /usr/sbin/conntrack")
         ended = machine.testbed("up", "x")
 
-What is done in there ends with it. Network, processes and host name are the real ones.
+What is done in there ends with it, labs and all: it has a PID namespace whose first process ends with us, however we end.
+Network and host name are the real ones.
 """
 
 from __future__ import annotations
@@ -50,13 +51,11 @@ class Machine(contextlib.AbstractContextManager["Machine"]):
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert self._holder.stdout is not None
-        assert self._holder.stdout.readline() == b"ready\n"
+        self._first = int(self._holder.stdout.readline())
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.run("sh", "-c", "ls -d /run/testbed/*/lock", cwd="/").status == 0:
-            self.testbed("down", "--all")
         self._holder.communicate()
 
     def run(
@@ -64,7 +63,7 @@ class Machine(contextlib.AbstractContextManager["Machine"]):
         cwd: Path | str | None = None, timeout_s: float = 120,
     ) -> Ended:  # fmt: skip
         """Run a program in there; ``before`` is called in its process first, a None in ``env`` unsets a variable."""
-        enter = [_NSENTER, f"--target={self._holder.pid}", "--mount", f"--wdns={cwd or self.project}", "--"]
+        enter = [_NSENTER, f"--target={self._first}", "--mount", "--pid", f"--wdns={cwd or self.project}", "--"]
         merged = {**self.env, **env}
         done = subprocess.run(
             [*enter, *argv], capture_output=True, check=False, timeout=timeout_s, preexec_fn=before, stdin=subprocess.DEVNULL,
@@ -124,6 +123,25 @@ def without_capability(number: int) -> Callable[[], None]:
 
 
 def _hold(folder: str) -> None:
+    """Fork the first process of a machine, tell its number, and end when it does."""
+    made, making = os.pipe()
+    linux.unshare(linux.CLONE_NEWPID)  # of children only
+    pid = os.fork()
+    if pid == 0:
+        linux.set_parent_death_signal(signal.SIGKILL)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans are its children
+        _make(folder)
+        os.close(making)
+        os.read(0, 1)  # the end of whoever uses it
+        os._exit(0)
+    os.close(making)
+    os.read(made, 1)
+    sys.stdout.write(f"{pid}\n")
+    sys.stdout.flush()
+    os.waitpid(pid, 0)
+
+
+def _make(folder: str) -> None:
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("tmpfs", folder, "tmpfs", 0, "mode=0755")
@@ -131,7 +149,8 @@ def _hold(folder: str) -> None:
         os.mkdir(f"{folder}/{part}")
     root = f"{folder}/root"
     linux.mount("overlay", root, "overlay", 0, overlay_options("/", f"{folder}/upper", f"{folder}/work"))
-    for path in ("/proc", "/sys", "/dev"):
+    linux.mount("proc", f"{root}/proc", "proc")
+    for path in ("/sys", "/dev"):
         linux.mount(path, root + path, "", linux.MS_BIND | linux.MS_REC)
     for path in _needed():
         os.makedirs(root + path, exist_ok=True)
@@ -152,7 +171,5 @@ def _needed() -> Sequence[str]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    linux.set_parent_death_signal(signal.SIGKILL)
     _hold(sys.argv[1])
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    sys.stdin.read()

@@ -7,7 +7,6 @@ Each environment is this machine once more (tests/machine.py), with something ta
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import ROOT, Ended, Machine, limit, processes_below
+from machine import ROOT, Ended, Machine, limit
 
 from testbed.dataplane.corefile import parse_corefile, render_dnsmasq
 from testbed.errors import MissingFeature
@@ -388,12 +387,24 @@ def _copy_of_the_project(machine: Machine, place: str) -> Path:
 
 def inotify_of(machine: Machine, state: str) -> list[str]:
     """Return the processes of the lab that hold an inotify instance, of which a user has 128 and other programs may have all."""
-    found = []
-    for pid in processes_below(lab_pid(machine, state)):
-        with contextlib.suppress(OSError):
-            if any("inotify" in os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")):
-                found.append(Path(f"/proc/{pid}/comm").read_text().strip())
+    done = machine.run(
+        sys.executable, "-c", _INOTIFY, str(lab_pid(machine, state)), env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    )
+    count, *found = done.out.split()
+    assert int(count) > 10, done.err
     return found
+
+
+_INOTIFY = """
+import contextlib, os, sys
+from machine import processes_below
+pids = processes_below(int(sys.argv[1]))
+print(len(pids))
+for pid in pids:
+    with contextlib.suppress(OSError):
+        if any("inotify" in os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")):
+            print(open(f"/proc/{pid}/comm").read().strip())
+"""
 
 
 def lab_pid(machine: Machine, state: str) -> int:
