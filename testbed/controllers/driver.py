@@ -28,6 +28,8 @@ _IMMEDIATE_RETRIES = 5  # of a write that was based on an older state; more of t
 # often it changes. Below the threshold the change is not worth a timer.
 _REST_PER_WORK = 4.0
 _CHEAP_S = 0.002
+# Others on the same thread get their turn in between: a thousand new pods are seconds of work.
+_TURN_S = 0.05
 _RUN_LIMIT = 20_000  # two controllers that undo each other's work must not stop the lab
 
 
@@ -87,6 +89,7 @@ class ControllerDriver:
         self._failures: dict[_Item, int] = {}
         self._seen_revision = 0
         self._running = False
+        self._has_had_turn = False
         self._subscription: Subscription | None = None
 
     def start(self) -> None:
@@ -106,19 +109,24 @@ class ControllerDriver:
         self._queue.clear()
         self._queued.clear()
         self._timers.clear()
+        self._has_had_turn = False
 
     def run_pending(self, limit: int = _RUN_LIMIT) -> int:
         """Reconcile until nothing is dirty, and return how many reconciles that took. What waits for a timer stays.
 
-        Called from inside a store callback it does nothing but come back later: the controllers have not seen yet
-        what they would need to know.
+        What takes longer than a turn goes on in the next one. Called from inside a store callback it does nothing but
+        come back later: the controllers have not seen yet what they would need to know.
         """
-        if self._running or not self._queue:
+        if self._running or self._has_had_turn or not self._queue:
             return 0
         self._running = True
         done = 0
+        until_s = self._now_s() + _TURN_S
         try:
             while self._queue and done < limit and self._seen_revision == self._registry.store.revision:
+                if done and self._now_s() >= until_s:
+                    self._has_had_turn = True
+                    break
                 item = self._queue.popleft()
                 self._queued.discard(item)
                 self._reconcile(item)
@@ -130,6 +138,7 @@ class ControllerDriver:
         return done
 
     def _run_from_timer(self) -> None:
+        self._has_had_turn = False
         self.run_pending()
 
     def _notice(self, event: Event) -> None:

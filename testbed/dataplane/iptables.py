@@ -323,6 +323,18 @@ class IptablesRenderer:
             choice = choose_endpoints(service, endpoints, settings.node_labels, settings.node, settings.hints)
             self._know(name, _Known(service, endpoints, render_service(service, choice, settings, large=large)))
 
+    def render_anew(self, names: Collection[ServicePortName], *, large: bool) -> None:
+        """Have these service ports' rules as they are in a large cluster, or in a small one.
+
+        Rules are not written again because a cluster has become large, or small again: those of service ports that have not
+        changed since then stay as they were (upstream's partial syncs do the same).
+        """
+        for name in names:
+            if known := self._known.get(name):
+                service, endpoints, settings = known.service, known.endpoints, self.settings
+                choice = choose_endpoints(service, endpoints, settings.node_labels, settings.node, settings.hints)
+                self._know(name, _Known(service, endpoints, render_service(service, choice, settings, large=large)))
+
     def _know(self, name: ServicePortName, new: _Known | None) -> None:
         old = self._known.pop(name, None)
         for known, sign in ((old, -1), (new, 1)):

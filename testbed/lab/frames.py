@@ -18,10 +18,15 @@ _HEADER = struct.Struct("!IB")  # bytes that follow, descriptors that came along
 _MAX_FDS = 8
 
 
+def pack_frame(value: Any, fd_count: int = 0) -> bytes:
+    """Return a message as it is sent."""
+    packed = pickle.dumps(value, protocol=5)
+    return _HEADER.pack(len(packed), fd_count) + packed
+
+
 def send_frame(connection: socket.socket, value: Any, fds: Sequence[int] = ()) -> None:
     """Send one message, whole. The descriptors stay open here."""
-    packed = pickle.dumps(value, protocol=5)
-    data = memoryview(_HEADER.pack(len(packed), len(fds)) + packed)
+    data = memoryview(pack_frame(value, len(fds)))
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sent = connection.sendmsg([data], ancillary)
     if sent < len(data):

@@ -14,7 +14,7 @@ from typing import Any
 
 from testbed.errors import LabError
 from testbed.kubelet.runtime import ContainerSpec, ExecResult, ExitStatus, Output, SandboxSpec
-from testbed.lab.frames import FrameReader, send_frame
+from testbed.lab.frames import FrameReader, pack_frame
 from testbed.lab.sessions import FdInput, FdSession, Feed
 
 _LAST_WORDS_S = 1.0
@@ -26,6 +26,7 @@ class SpawnerRuntime:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._reader = FrameReader(connection)
+        self._unsent = bytearray()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[tuple[Any, list[int]]]] = {}
         self._ends: dict[str, asyncio.Future[ExitStatus]] = {}  # of containers and execs
@@ -119,14 +120,30 @@ class SpawnerRuntime:
         return (await self._ask_with_fds(operation, **arguments))[0]
 
     async def _ask_with_fds(self, operation: str, **arguments: Any) -> tuple[Any, list[int]]:
+        if self.gone.done():
+            raise LabError("the spawner has died")
         number = next(self._numbers)
         future = self._waiting[number] = self._loop.create_future()
-        # The spawner always reads, so this blocks for no longer than it takes to do one request.
-        send_frame(self._connection, (number, operation, arguments))
+        self._send(pack_frame((number, operation, arguments)))
         value, fds = await future
         if isinstance(value, Exception):
             raise value
         return value, fds
+
+    def _send(self, frame: bytes) -> None:
+        """Send a request, or as soon as the spawner has read those before it: it does one after the other."""
+        is_waiting = bool(self._unsent)
+        self._unsent += frame
+        if not is_waiting:
+            self._flush()
+            if self._unsent:
+                self._loop.add_writer(self._connection, self._flush)
+
+    def _flush(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):  # when it is gone, reading says so
+            del self._unsent[: self._connection.send(self._unsent, socket.MSG_DONTWAIT)]
+        if not self._unsent:
+            self._loop.remove_writer(self._connection)
 
     def _read(self) -> None:
         try:
@@ -135,6 +152,7 @@ class SpawnerRuntime:
             messages = None
         if messages is None:
             self._loop.remove_reader(self._connection)
+            self._loop.remove_writer(self._connection)
             self.gone.set_result(None)
             for future in self._waiting.values():
                 if not future.done():

@@ -170,18 +170,25 @@ class Bench:
         return found
 
     def labs(self) -> list[str]:
-        """Return the folders in the registry that were not there before."""
+        """Return the folders in the registry that our commands have left; what lives without our mark is somebody else's."""
         root = state_root()
-        return sorted({entry.name for entry in root.iterdir()} - self.before_labs) if root.is_dir() else []
+        return sorted(entry.name for entry in (root.iterdir() if root.is_dir() else ()) if self._is_ours(entry))
 
-    @property
-    def before_labs(self) -> set[str]:
-        return set(self.before["labs"].split())
+    def _is_ours(self, folder: Path) -> bool:
+        if folder.name != self.name and not folder.name.startswith("bench-iptables"):
+            return False
+        try:
+            pid = json.loads((folder / "lab.json").read_bytes())["pid"]
+            return pid in self.processes() or not Path(f"/proc/{pid}").exists()
+        except (OSError, ValueError):
+            return folder.exists()
 
     def left(self) -> dict[str, object]:
         """Return what there is that was not there before the first command."""
         now = host_state()
         found: dict[str, object] = {name: text for name, text in now.items() if text != self.before[name]}
+        if self.labs():
+            found["labs"] = self.labs()
         if self.processes():
             found["processes"] = self.processes()
         if tmp := os.listdir(self.folder / "tmp"):
@@ -191,11 +198,10 @@ class Bench:
 
 def host_state() -> dict[str, str]:
     """Return what of the host's a lab could leave behind."""
-    root = state_root()
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return {
-        "labs": " ".join(sorted(entry.name for entry in root.iterdir())) if root.is_dir() else "",
         "links": " ".join(sorted(os.listdir("/sys/class/net"))),
-        "mounts": "\n".join(sorted(line.split(" ", 3)[3] for line in Path("/proc/self/mountinfo").read_text().splitlines())),
+        "mounts": "\n".join(sorted(line.split(" ", 3)[3] for line in mounts)),
     }  # fmt: skip
 
 
@@ -279,8 +285,7 @@ def try_blow(bench: Bench, blow: Blow, usual_s: Mapping[str, float], eventually:
         running.process.poll()
         bench.run("ls")
         for name in bench.labs():
-            with contextlib.suppress(OSError, ValueError, AssertionError):
-                json.loads((state_root() / name / "lab.json").read_bytes())
+            with contextlib.suppress(AssertionError):  # it has ended meanwhile
                 bench.run("down", name)
         return bench.left() == {}
 

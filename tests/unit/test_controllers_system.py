@@ -390,6 +390,21 @@ def test_a_costly_object_rests(bench: Bench) -> None:
     assert 3 <= len(bench.recorder.calls) <= 8
 
 
+def test_much_work_is_done_in_turns(bench: Bench) -> None:
+    """Others on the thread get in between, at the latest every 50 ms or so; new changes do not lengthen a turn."""
+    bench.recorder.cost_s = 0.02
+    names = [f"map-{number}" for number in range(7)]
+    for name in names:
+        bench.write(name)
+    assert bench.driver.run_pending() == 3
+    assert bench.driver.run_pending() == 0  # woken by somebody else's write: it is not its turn
+    assert len(bench.timers) == 1
+    bench.timers.pop()[1]()
+    assert [name for _, name in bench.recorder.calls] == names[:6]
+    bench.pass_time(0)
+    assert [name for _, name in bench.recorder.calls] == names
+
+
 def test_inside_a_store_callback_no_controller_works_on_old_news(bench: Bench) -> None:
     """There a controller's own write reaches the others only later, so the driver stops after it and comes back."""
     ran: list[int] = []

@@ -8,14 +8,18 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
-from doctor_world import CLASSES, EIPS, INGRESSES, SLICES, World, node, pod
-from proxy_support import endpoint, endpoint_slice, service
+from doctor_world import CLASSES, EIPS, INGRESSES, NODES, SLICES, World, node, pod
+from proxy_support import FakeIptables, endpoint, endpoint_slice, service
 
 from testbed.cli.doctor import concerning, parse_service_argument, text_report
-from testbed.dataplane.doctor import ArpSeen, DnsCount, DnsSeen, LinkSeen, RouteSeen
+from testbed.dataplane.doctor import ArpSeen, DnsCount, DnsSeen, LinkSeen, RouteSeen, RulesSeen
+from testbed.dataplane.doctor.rules import proxy_state
 from testbed.dataplane.flows import UdpFlow
 from testbed.errors import InputError
+from testbed.kernel.iptables import Backend, Iptables
 from testbed.model.doctor import CAUSES
+from testbed.model.service import ServicePortName, parse_node
+from testbed.programs.proxy_iptables import IptablesProxier
 
 ADDRESS = IPv4Address("192.168.93.231")
 CLIENT = IPv4Address("192.168.93.100")
@@ -256,6 +260,45 @@ def test_what_is_no_fault(name: str) -> None:
     world = World()
     HARMLESS[name](world)
     assert world.findings() == ()
+
+
+def test_a_cluster_that_has_grown_large() -> None:
+    """Past 1,000 endpoints kube-proxy writes rules without comments; those that it has not touched since keep theirs."""
+    world = World()
+    written = {name: Written(world, name) for name in NODES}
+    world.objects["services"].append(service("many", "10.96.0.90"))
+    many = [endpoint(f"10.244.{3 + number // 250}.{number % 250 + 1}", "node3") for number in range(1001)]
+    world.objects[SLICES].append(endpoint_slice("many", *many))
+    for name in NODES:
+        world.change(name, rules=written[name].sync())
+    saved = world.nodes["node1"].rules.iptables
+    assert "-> 10.244.1.5:80" in saved
+    assert "-> 10.244.3.1:80" not in saved
+    assert "rules-differ" not in {finding.cause for finding in world.findings()}
+    damaged = saved.replace("--to-destination 10.244.1.5:80", "--to-destination 10.244.1.6:80")
+    world.change("node1", rules=RulesSeen(iptables=damaged))
+    (found,) = [finding for finding in world.findings() if finding.cause == "rules-differ"]
+    assert found.where == "node node1"
+
+
+class Written:
+    """The rules of a node whose kube-proxy runs on: it writes what has changed."""
+
+    def __init__(self, world: World, node_name: str) -> None:
+        self._world, self._node = world, node_name
+        self._tools = Iptables(FakeIptables(), Backend.LEGACY)
+        self._proxier = IptablesProxier(self._tools)
+        self._known: frozenset[ServicePortName] = frozenset()
+        self.sync()
+
+    def sync(self) -> RulesSeen:
+        seen = self._world.seen
+        state = proxy_state(seen, self._node)
+        names = frozenset(state.services)
+        settings = self._proxier.make_settings(seen.config, parse_node(node(self._node)), ())
+        self._proxier.sync(state, names - self._known, settings)
+        self._known = names
+        return RulesSeen(iptables=self._tools.save())
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables", "ipvs", "userspace"])

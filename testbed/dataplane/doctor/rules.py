@@ -54,6 +54,9 @@ def find_damage(seen: ClusterSeen, node: Object, inside: NodeSeen, state: ProxyS
     renderer.update(state)
     renderer.accept(renderer.full(NOTHING_INSTALLED))
     installed = parse_installed(inside.rules.iptables)
+    if differing := renderer.find_damaged(installed):
+        renderer.render_anew(differing, large=not renderer.is_large)
+        renderer.accept(renderer.full(NOTHING_INSTALLED))
     text = renderer.find_damage(installed)
     if text:
         return RuleDamage(text, _services(renderer.find_damaged(installed)))
