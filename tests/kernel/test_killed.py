@@ -323,10 +323,12 @@ def chosen_seed() -> int:
 def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is killed and waited for: as a zombie it would keep its PID namespace, a lab's, from ending."""
     fork = os.fork
+    children = []
 
     def interrupted_fork() -> int:
         pid = fork()
         if pid:
+            children.append(pid)
             signal.raise_signal(signal.SIGINT)  # Python raises when the call has returned
         return pid
 
@@ -338,8 +340,9 @@ def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.M
         else:
             call_in(place, time.sleep, 60, timeout_s=60)
     place.close()
+    (pid,) = children
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(pid, os.WNOHANG)
 
 
 @pytest.mark.timeout(300)
