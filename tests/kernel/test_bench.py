@@ -119,8 +119,8 @@ def test_interrupted_in_the_middle(tmp_path: Path, eventually: Callable[..., obj
     running = begin(tmp_path, "--modes", "iptables", "--paths", "direct")
     eventually(lambda: two_rounds(tmp_path), within_s=60)
     running.send_signal(number)
-    out, _ = running.communicate(timeout=60)
-    assert running.returncode == 130
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err + out
     found = read_results(tmp_path)
     assert not found.complete and found.reason.startswith("interrupted after ")
     assert len(found.series[0].samples) >= 2 and f"INCOMPLETE: {found.reason}" in out

@@ -202,7 +202,7 @@ def soak_and_look(
 @pytest.mark.timeout(400)
 def test_a_while(tmp_path: Path, eventually: Callable[..., Any]) -> None:
     """The short form: every kind of operation is likely, and what is wrong at once is found."""
-    soak_and_look("iptables", 45, tmp_path, eventually, whole_memory=False)
+    soak_and_look("iptables", 30, tmp_path, eventually, whole_memory=False)
 
 
 @pytest.mark.slow
