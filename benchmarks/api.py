@@ -1,6 +1,6 @@
 """The API under load: 5,000 Services with an EndpointSlice each, made over TLS by 8 clients, while 5 watchers look on.
 
-Prints creates per second (DESIGN 8: at least 500), the ratio to a bare TLS echo of the same requests in the same run, how
+Prints creates per second (the budget: at least 500), the ratio to a bare TLS echo of the same requests in the same run, how
 long all Services as a Table take (at most 1 s), what an object costs in memory, and what watchers saw.
 """
 

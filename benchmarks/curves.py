@@ -8,7 +8,7 @@ and 10,000 Services:
   straight line (R² at least 0.9); new connections a second fall. Looked at are the median and the tenth percentile of the
   connections of a sample, which says more on a machine that others use; the shape of the latter is checked.
 - nftables, ipvs: the slope is not above 0, or at most a tenth of iptables' (in the same kernel) or of 10.5 ns;
-- throughput of one TCP stream through 10,000 Services is that through none, in every mode, or the intervals overlap.
+- throughput of one TCP stream, of the direct path's, does not fall from none to 10,000 Services beyond noise, in any mode.
 
 Prints a line for each slope; ``--json`` an object. ``--check`` ends with status 1 when a shape is wrong. ``--report DIR``
 keeps results, plots and report.html; ``--results FILE`` looks at results that are there already, ``--benchmark FILE`` runs
@@ -85,7 +85,7 @@ def wrong_shapes(results: Any, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def wrong_rates(results: Any) -> list[str]:
-    """Return where new connections do not fall in iptables mode, and where throughput follows the number of Services."""
+    """Return where new connections do not fall in iptables mode, and where throughput falls with Services."""
     wrong = []
     for one in results.slopes:
         if (
@@ -102,9 +102,9 @@ def wrong_rates(results: Any) -> list[str]:
     for (machine, mode), found in ends.items():
         few, many = found[min(found)], found[max(found)]
         a, b = (one.ratio.interval for one in (few, many))
-        if a and b and (a.high < b.low or b.high < a.low):
+        if a and b and b.high < a.low:
             wrong.append(
-                f"{mode} on {machine}: throughput is not flat: {a.low:.2f} – {a.high:.2f}, then {b.low:.2f} – {b.high:.2f}"
+                f"{mode} on {machine}: throughput falls: {a.low:.2f} – {a.high:.2f}, then {b.low:.2f} – {b.high:.2f}"
             )
     return wrong
 
@@ -114,6 +114,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="status 1 when a shape is wrong")
     parser.add_argument("--modes", help="only these, with commas between")
+    parser.add_argument("--benchmark", type=Path, metavar="FILE", default=ROOT / "scenarios" / "proxy-modes")
     parser.add_argument("--report", type=Path, metavar="DIR")
     parser.add_argument("--results", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -95,6 +95,39 @@ def tls_secret(name: str, *names: str, namespace: str = "dev") -> Object:
     return secret(name, {"tls.crt": certificate, "tls.key": key}, namespace=namespace, kind="kubernetes.io/tls")
 
 
+@cache
+def client_pair(common_name: str, authority: str = "clients") -> tuple[bytes, bytes, bytes]:
+    """Return an authority for clients, a certificate it signed for a client of this name, and that one's key, as PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    def signed(name: str, signer: ec.EllipticCurvePrivateKey, key: ec.EllipticCurvePrivateKey) -> bytes:
+        def named(text: str) -> x509.Name:
+            return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+        now = datetime.now(UTC)
+        made = x509.CertificateBuilder().subject_name(named(name)).issuer_name(named(authority))
+        made = made.public_key(key.public_key()).serial_number(x509.random_serial_number())
+        made = made.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
+        made = made.add_extension(x509.BasicConstraints(ca=name == authority, path_length=None), critical=True)
+        return made.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    top = _authority_key(authority)
+    own = ec.generate_private_key(ec.SECP256R1())
+    shape = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    key = own.private_bytes(serialization.Encoding.PEM, *shape)
+    return signed(authority, top, top), signed(common_name, top, own), key
+
+
+@cache
+def _authority_key(_name: str) -> Any:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    return ec.generate_private_key(ec.SECP256R1())
+
+
 def config_map(name: str, data: Mapping[str, str], *, namespace: str = "dev") -> Object:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta(name, namespace), "data": dict(data)}
 

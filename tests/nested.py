@@ -2,7 +2,8 @@
 
 A test marked ``ipvs`` runs where it is on a kernel that has ip_vs. On another the outer pytest hands all of them, by their
 ids, to a second pytest inside ``testbed vm``, which sends each report back as soon as there is one; a skip or a failure
-looks as if the test had run here. Fixtures run inside only.
+looks as if the test had run here. Fixtures run inside only. The nested kernel has one processor: it starts before the
+first test, and its tests run beside the ones here.
 
 Run as a program (``python nested.py``) it is that second pytest: ids come from standard input, reports go to standard
 output, and what it says itself to standard error.
@@ -11,6 +12,7 @@ output, and what it says itself to standard error.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -23,6 +25,7 @@ from typing import Any, TextIO
 
 import pytest
 
+from testbed.kernel import linux
 from testbed.kernel.modules import why_no_ipvs
 from testbed.kernel.pace import is_nested, patient
 
@@ -30,20 +33,26 @@ MARKER = "ipvs"
 MEMORY = "3G"
 MACHINE = [sys.executable, "-m", "testbed", "vm", "--memory", MEMORY, "--"]
 _NESTED_FACTOR = 6
+_PIPE_BYTES = 1 << 20
 _BOOT_S = 120  # what the first test waits for beside itself: the kernel, pytest, the collection
 
 
 class NestedTests:
     """The outer pytest's side: runs no marked test itself, and reports what was found about each inside."""
 
-    def __init__(self, items: list[pytest.Item], options: list[str]) -> None:
-        self._items = items
-        self._ids = {item.nodeid for item in items}
+    def __init__(self, ids: set[str], options: list[str]) -> None:
+        self._ids = ids
         self._options = options
         self._vm: subprocess.Popen[str] | None = None
         self._log: Any = None
         self._found: dict[str, list[Any]] = {}
         self._done: set[str] = set()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Start the nested kernel for those that were not deselected."""
+        ids = [item.nodeid for item in session.items if item.nodeid in self._ids]
+        if ids and not session.config.option.collectonly:
+            self._vm = self._start(session.config, ids)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -58,30 +67,25 @@ class NestedTests:
     def pytest_unconfigure(self) -> None:
         if self._vm is not None:
             self._vm.send_signal(signal.SIGKILL)  # with it goes everything inside
-            self._vm.communicate()
+            self._vm.wait()
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self, config: pytest.Config, ids: list[str]) -> subprocess.Popen[str]:
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # lives as long as the machine
         command = [*MACHINE, sys.executable, __file__, *self._options]
         vm = subprocess.Popen(
-            command,
-            cwd=self._items[0].config.rootpath,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        assert vm.stdin
-        vm.stdin.write(json.dumps([item.nodeid for item in self._items]))
-        vm.stdin.close()
-        vm.stdin = None
+            command, cwd=config.rootpath, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        assert vm.stdin and vm.stdout
+        # room for all reports: they are read when the last test from here is over
+        fcntl.fcntl(vm.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        with contextlib.suppress(BrokenPipeError), vm.stdin:  # it may end at once; what it said is shown with each test
+            vm.stdin.write(json.dumps(ids))
         return vm
 
     def _reports_of(self, item: pytest.Item) -> list[Any]:
         """Wait until a test has been reported whole, or nothing more will come."""
-        if self._vm is None:
-            self._vm = self._start()
-        assert self._vm.stdout
+        assert self._vm is not None and self._vm.stdout is not None
         while item.nodeid not in self._done:
             line = self._vm.stdout.readline()
             if not line:
@@ -101,6 +105,10 @@ class NestedTests:
         said = self._log.read()[-4000:]
         text = f"the nested kernel's pytest ended without a word about this test; it said:\n{said}"
         return pytest.TestReport(item.nodeid, item.location, dict(item.keywords), "failed", text, "call")
+
+
+def _end_with_parent() -> None:
+    linux.set_parent_death_signal(signal.SIGKILL)
 
 
 def hand_over(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -124,7 +132,7 @@ def hand_over(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in marked:
         item.add_marker(pytest.mark.timeout((_timeout_of(item) or 120) * _NESTED_FACTOR + _BOOT_S), append=False)
     options = [name for name in ("--slow",) if config.getoption(name)]
-    config.pluginmanager.register(NestedTests(marked, options), "nested-tests")
+    config.pluginmanager.register(NestedTests({item.nodeid for item in marked}, options), "nested-tests")
 
 
 def _timeout_of(item: pytest.Item) -> float:

@@ -81,7 +81,7 @@ def _step(step: Mapping[str, Any], output: str) -> str:
     if "apply" in step:
         files = [step["apply"]] if isinstance(step["apply"], str) else step["apply"]
         return _block("kubectl apply " + " ".join(f"-f {file}" for file in files), "")
-    if "expect" in step:
+    if "expect" in step and "tcp" not in step["expect"]:  # that one waits for what the next step needs
         return said + _question(step["expect"])
     return ""
 
@@ -140,7 +140,13 @@ _CHANGING = (
     (r"\b(?:10\.96|100|192\.168)(?:\.\d+){2,3}\b", "ADDRESS"),
     (r":3\d{4}\b|^3\d{4}$", ":PORT"),
     (r"\d\d\d\d-\d\d-\d\dT[\d:]+Z", "TIME"),
-    (r"\b[\d.]+(?=(?:us|ms|MB|KB|%|\b))", "N"),
+    (r"\b[\d.]+(?=(?:us|ms|MB|KB|k|%|\b))", "N"),
+    (r"\b[KMG]?Bytes\b", "BYTES"),
+    (r" \(AGE ago\)", ""),
+    # what newer kubectls say and older ones do not, and the other way round
+    (r"(?<=deleted) from [a-z-]+ namespace$", ""),
+    (r"^ *creationTimestamp: null\n", ""),
+    (r"^Internal Traffic Policy: .*\n", ""),
     (r"[ \t]+", " "),
 )
 

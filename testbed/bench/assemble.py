@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from testbed.bench.report import csv_text, order_of
 from testbed.bench.results import FORMAT, Results, Settings, Skipped, results_json
 from testbed.bench.session import Session
 from testbed.bench.summary import find_noise, fit_slopes, judge_modes, summarise
+from testbed.kernel.files import write_whole, writing
 from testbed.model.benchmark import Benchmark
 
 _UNFINISHED = "the run ended before it was complete"
@@ -76,9 +76,7 @@ def judged(results: Results) -> Results:
 def write_data(folder: Path, results: Results) -> None:
     """Write results.json and results.csv, each in one step."""
     for name, text in (("results.json", results_json(results)), ("results.csv", csv_text(results))):
-        new = folder / f".{name}.new"
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, folder / name)
+        write_whole(folder / name, text)
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -87,6 +85,7 @@ def write_report(folder: Path, results: Results) -> None:
     from testbed.bench.plots import plan_plots, write_plots
 
     plots = plan_plots(results)
-    files = write_plots(folder / "plots", plots) if plots else []
+    with writing(folder / "plots"):
+        files = write_plots(folder / "plots", plots) if plots else []
     titled = [(plot.title, file) for plot, file in zip(plots, files, strict=True)]
-    (folder / "report.html").write_text(html_report(results, titled), encoding="utf-8")
+    write_whole(folder / "report.html", html_report(results, titled))

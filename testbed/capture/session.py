@@ -44,6 +44,8 @@ _DRAIN_AT_MOST_S = 30.0
 _START_WITHIN_S = 20.0
 _END_WITHIN_S = 5.0
 _LAB_END_WITHIN_S = 1.0
+_KILLED_LAB_END_WITHIN_S = 15.0
+"""When every tcpdump was killed: the kernel does so with a lab, whose first process ends when the last of hundreds is gone."""
 _TELL_AFTER_S = 0.3  # that a point is gone: when it is the whole lab, that will be known by then
 _ROUND_S = 0.004
 """Between two looks at busy pipes: each look costs switches between processes, which the captured traffic pays for."""
@@ -384,7 +386,9 @@ class CaptureSession:
         for process in self.processes:
             process.reap()
         if self._stop_ns is None and self._failure is None:  # every point is gone: did the lab take them along?
-            self._lab_ended = self._lab_ended or bool(self._cluster.lab.why_ended(within_s=_LAB_END_WITHIN_S))
+            are_killed = all(process.status in (None, -signal.SIGKILL) for process in self.processes)
+            within_s = _KILLED_LAB_END_WITHIN_S if are_killed else _LAB_END_WITHIN_S
+            self._lab_ended = self._lab_ended or bool(self._cluster.lab.why_ended(within_s=within_s))
         self._tell_of_gone(float("inf"))
         self._hand_on(self._merger.ready())
         if self._tracker is not None:

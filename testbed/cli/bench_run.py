@@ -37,6 +37,7 @@ from testbed.scenario.report import check_writable
 INTERRUPTED = 130
 FAILED = 1
 _RESULTS = Path("bench-results")
+_PROGRAMS = {"iperf3": Workload.THROUGHPUT, "wrk": Workload.CONNECTIONS}  # the package of each is called the same
 _OPTION_OF = {"proxyModes": "modes", "oneKernel": "one-kernel", "keepAlive": "only"}
 
 
@@ -100,7 +101,7 @@ def run_benchmark(
 ) -> int:
     """Measure, print, write reports; return the exit status."""
     placement = _place(benchmark)
-    check_machine()
+    check_machine({program: program for program, workload in _PROGRAMS.items() if benchmark.has(workload)})
     backend = choose_iptables_backend(iptables_backend or "")
     folder = None if no_report else report_folder or _new_folder(benchmark.name)
     if folder is not None:

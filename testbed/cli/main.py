@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -42,6 +43,9 @@ def main() -> NoReturn:
 def _run(interrupts: HeldInterrupts) -> int:
     """Run the command line with interrupts let in, say what went wrong, and return the exit status."""
     debug = "--debug" in sys.argv[1:2]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal of another character set cannot show is a '?'
+            stream.reconfigure(errors="replace")
     status: object
     try:
         with interrupts.let_in():
@@ -67,8 +71,9 @@ def _run(interrupts: HeldInterrupts) -> int:
             raise
         status = UNREAD if isinstance(error, BrokenPipeError) else _UNWRITABLE
         if status != UNREAD:
-            reason = error.strerror or str(error)
-            _complain(f"{error.filename}: {reason}" if error.filename else reason)
+            from testbed.lab.folder import describe_oserror
+
+            _complain(describe_oserror(error))
     return status if isinstance(status, int) else 0
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,20 @@ from testbed.errors import InputError, LabError, ManifestError, MissingFeature, 
 from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.pace import is_nested
 from testbed.lab.folder import free_name
+from testbed.lab.kubectl import find_kubectl
 from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
 from testbed.manifests import find_scenarios, load_scenario
-from testbed.model.scenario import Scenario, Step
+from testbed.model.scenario import KubectlStep, ResolveStep, Scenario, Step
 from testbed.model.topology import Topology
+from testbed.scenario.lanes import Lane, count_lanes, split
 from testbed.scenario.modes import check_mode, why_not, why_not_here
-from testbed.scenario.nested import nested_arguments, run_nested, send_results
+from testbed.scenario.nested import Results, nested_arguments, run_nested, send_results
 from testbed.scenario.recorder import LabRecorder
 from testbed.scenario.report import TextReport, check_writable, json_report, junit_report, write_reports
 from testbed.scenario.runner import ScenarioResult, StepResult, run_scenario
+from testbed.vm.machine import available_memory_mib
 from testbed.vm.machine import check_machine as check_vm
+from testbed.vm.plan import DEFAULT_MEMORY_MIB
 
 _ONE_LAB = "course"  # of everything, with --one-lab
 
@@ -73,7 +78,8 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     for mode in options.modes:
         check_mode(mode)
         _check_written_for(paths, scenarios, mode)
-    check_machine()
+    courses, scenarios = _with_those_before(courses, scenarios)
+    check_machine(_programs(scenarios, options))
     backend = choose_iptables_backend(options.iptables_backend)
     if options.report_folder is not None:
         check_writable(options.report_folder)
@@ -103,6 +109,23 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
     if refused is not None:
         raise refused
     return 0 if all(result.passed for result, _ in results) else 1
+
+
+def _programs(scenarios: Sequence[Scenario], options: RunOptions) -> dict[str, str]:
+    """Return program -> Debian package of what steps run on this machine, beside what every lab needs.
+
+    Raises:
+        MissingFeature: there is no kubectl, which is in no package.
+    """
+    steps = [step for scenario in scenarios for step in scenario.steps]
+    needed = {}
+    if any(isinstance(step, KubectlStep) for step in steps):
+        find_kubectl()
+    if any(isinstance(step, ResolveStep) for step in steps):
+        needed["dig"] = "dnsutils"
+    if options.packets is not None and any(step.capture for step in steps):
+        needed["tcpdump"] = "tcpdump"
+    return needed
 
 
 def _plan(
@@ -172,20 +195,75 @@ def _run_nested(
     planned: Sequence[_Planned], narrator: _Narrator, found: dict[tuple[str, str], tuple[ScenarioResult, str]],
     options: RunOptions,
 ) -> None:  # fmt: skip
-    """Run the scenarios of each mode that needs it in a nested kernel: one boot a mode and course."""
+    """Run the scenarios of each mode that needs it in nested kernels: one for each mode and course, or several at a time."""
     for mode, course in dict.fromkeys((one.mode, one.course) for one in planned):
         of_mode = [one for one in planned if (one.mode, one.course) == (mode, course)]
-        names = ", ".join(one.scenario.name for one in of_mode)
-        narrator.say(f"{of_mode[0].missing}; running {names} in {mode} in the nested kernel (testbed vm)")
-        arguments = nested_arguments(
-            [one.path for one in of_mode], mode, iptables_backend=options.iptables_backend,
-            to_stderr=options.output != "text", one_lab=bool(course), packets=options.packets,
-        )  # fmt: skip
-        results, status = run_nested(arguments, options.packets)
-        for result, name in results:
-            found[_key(result.scenario, result.mode)] = result, name
-        if status not in (0, 1):
-            raise LabError(f"the testbed in the nested kernel ended with status {status}")
+
+        def arguments(
+            lane: Sequence[_Planned], *, to_stderr: bool, mode: str = mode, course: str = course
+        ) -> list[str]:
+            return nested_arguments(
+                [one.path for one in lane], mode, iptables_backend=options.iptables_backend,
+                to_stderr=to_stderr, one_lab=bool(course), packets=options.packets,
+            )  # fmt: skip
+
+        own, *others = _lanes(of_mode) if course and options.results_fd is None else [of_mode]
+        narrator.say(f"{own[0].missing}; running {_names(own)} in {mode} in the nested kernel (testbed vm)")
+        with ExitStack() as stack:
+            beside = [stack.enter_context(Lane(arguments(lane, to_stderr=False))) for lane in others]
+            for lane in others:
+                narrator.say(f"at the same time, in another one: {_names(lane)}; what they say follows")
+            ends = [run_nested(arguments(own, to_stderr=options.output != "text"), options.packets)]
+            _note(ends[0][0], found)
+            for running in beside:
+                ends.append(running.finish(narrator.say))
+                _note(ends[-1][0], found)
+        if bad := [status for _, status in ends if status not in (0, 1)]:
+            raise LabError(f"the testbed in the nested kernel ended with status {bad[0]}")
+
+
+def _names(planned: Sequence[_Planned]) -> str:
+    return ", ".join(one.scenario.name for one in planned)
+
+
+def _note(results: Results, found: dict[tuple[str, str], tuple[ScenarioResult, str]]) -> None:
+    for result, name in results:
+        found[_key(result.scenario, result.mode)] = result, name
+
+
+def _lanes(planned: Sequence[_Planned]) -> list[list[_Planned]]:
+    """Return the scenarios of a course for as many nested kernels as there is room for."""
+    groups: list[list[_Planned]] = []
+    for one in planned:
+        groups.append([one])
+        if one.scenario.after is not None:
+            before = one.scenario.after.resolve()
+            at = next((n for n, group in enumerate(groups[:-1]) if before in _folders(group)), None)
+            if at is not None:
+                groups[at] += groups.pop()
+    room = count_lanes(len(os.sched_getaffinity(0)), available_memory_mib(), DEFAULT_MEMORY_MIB)
+    return split(groups, lambda one: len(one.scenario.steps_for(one.mode)), room)
+
+
+def _folders(planned: Sequence[_Planned]) -> list[Path]:
+    return [one.scenario.file.parent.resolve() for one in planned]
+
+
+def _with_those_before(
+    courses: Sequence[tuple[Path, str]], scenarios: Sequence[Scenario]
+) -> tuple[list[tuple[Path, str]], list[Scenario]]:
+    """Return paths with their courses and scenarios, each after the one that must come first in the same lab."""
+    given = {path.resolve() for path, _ in courses}
+    paths: list[tuple[Path, str]] = []
+    found: list[Scenario] = []
+    for (path, course), scenario in zip(courses, scenarios, strict=True):
+        chain = [(path, scenario)]
+        while (before := chain[0][1].after) is not None and before.resolve() not in given:
+            chain.insert(0, (before, load_scenario(before)))
+        together = course or (str(path.resolve().parent) if len(chain) > 1 else "")
+        paths += [(each, together) for each, _ in chain]
+        found += [each for _, each in chain]
+    return paths, found
 
 
 def _report(

@@ -1,6 +1,6 @@
 """The scheduler: binds pods to nodes.
 
-It scores little (DESIGN 4.1): what counts is that pods only go where they may, and that they spread.
+It scores little: what counts is that pods only go where they may, and that they spread.
 Pods with spec.nodeName are the kubelet's at once; pod (anti-)affinity and topologySpreadConstraints are not looked at.
 """
 

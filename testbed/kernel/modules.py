@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Final
 
 from testbed.errors import KernelError, MissingFeature
 from testbed.kernel.pace import patient
+from testbed.kernel.runner import not_installed
 
 _BRIDGE_CALLS = Path("/proc/sys/net/bridge")
 _IPVS = Path("/proc/net/ip_vs")
@@ -22,8 +24,12 @@ def has_netem() -> bool:
     """Say whether links can have delay and loss; asking makes the kernel load the module where it is installed.
 
     Raises:
+        MissingFeature: a program for that is not installed.
         KernelError: the kernel cannot be asked.
     """
+    for program in ("unshare", "tc"):
+        if shutil.which(program) is None:
+            raise not_installed(program)
     done = subprocess.run(
         ["unshare", "--net", "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"],
         capture_output=True, text=True, timeout=patient(10), check=False,

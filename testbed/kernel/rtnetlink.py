@@ -199,7 +199,7 @@ def add_route(destination: IPv4Network, gateway: IPv4Address | None, index: int 
 
 
 def add_neighbour(index: int, address: IPv4Address, mac: str) -> Request:
-    """Make a permanent entry: the machine-wide neighbour table is small (DESIGN 4.13) and never asks for these."""
+    """Make a permanent entry: the machine-wide neighbour table is small (docs/architecture.md) and never asks for these."""
     body = struct.pack("=BxHiHBB", socket.AF_INET, 0, index, _NUD_PERMANENT, 0, 0)
     body += _attribute(_NDA_DST, address.packed) + _attribute(_NDA_LLADDR, mac_bytes(mac))
     return Request(_RTM_NEWNEIGH, _NLM_F_CREATE | _NLM_F_REPLACE, body, f"add neighbour {address} on link {index}")

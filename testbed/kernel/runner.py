@@ -17,7 +17,15 @@ PACKAGES: Mapping[str, str] = {
     "ipset": "ipset",
     "ipvsadm": "ipvsadm",
     "nft": "nftables",
+    "tc": "iproute2",
+    "unshare": "util-linux",
 }
+
+
+def not_installed(program: str) -> MissingFeature:
+    """Return the error for a program that is not there, with the package that has it."""
+    package = PACKAGES.get(program, "iptables" if program.startswith("iptables") else program)
+    return MissingFeature(f"{program} is not installed (apt-get install {package})")
 
 
 class Runner(Protocol):
@@ -55,9 +63,7 @@ class SubprocessRunner:
                 whole, input=stdin, capture_output=True, text=True, env=self._env, timeout=timeout_s, check=False
             )
         except FileNotFoundError:
-            program = whole[0]
-            package = PACKAGES.get(program, "iptables" if program.startswith("iptables") else program)
-            raise MissingFeature(f"{program} is not installed (apt-get install {package})") from None
+            raise not_installed(whole[0]) from None
         except subprocess.TimeoutExpired:
             raise CommandError(whole, 124, f"did not end within {timeout_s:g} s", where=self._where) from None
         if done.returncode != 0:

@@ -1,6 +1,6 @@
 """Network settings of the namespace this process is in.
 
-A new namespace starts with the first one's values, not with the kernel's defaults (DESIGN 4.13), so everything that
+A new namespace starts with the first one's values, not with the kernel's defaults (docs/architecture.md), so everything that
 packets depend on is set, in nodes, outside hosts and pods alike.
 """
 

@@ -23,6 +23,7 @@ class Volume:
     #: Relative path -> text, bytes that are not UTF-8 as surrogate escapes (PEP 383); None for an emptyDir.
     files: Mapping[str, str] | None = None
     host_path: str = ""
+    host_type: str = ""  # what must be there, or is made: hostPath's ``type``
     default_mode: int = 0o644
     modes: Mapping[str, int] = field(default_factory=dict)  # of single files, by relative path
     group: int | None = None  # the pod's fsGroup: owns the files, and may read them whatever their mode

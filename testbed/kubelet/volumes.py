@@ -40,7 +40,7 @@ def _volume(
     name = volume["name"]
     kind = next((kind for kind in _KNOWN if volume.get(kind) is not None), "")
     if kind == "hostPath":
-        return Volume(name=name, host_path=volume["hostPath"]["path"])
+        return Volume(name=name, host_path=volume["hostPath"]["path"], host_type=volume["hostPath"].get("type", ""))
     others = [field for field in volume if field != "name"]
     if kind == "emptyDir" or not others:
         return Volume(name=name)

@@ -6,6 +6,7 @@ Mininet are loaded here, because every pod's process is forked from this one and
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pickle
@@ -21,6 +22,9 @@ from testbed.kernel import linux
 from testbed.lab.forker import Forker, start_forker
 from testbed.lab.request import LabRequest, report
 
+OPEN_FILES = 65536
+"""Of the spawner and of control, each: about ten for a pod."""
+
 
 def main() -> int:
     with os.fdopen(int(sys.argv[1]), "rb") as file:
@@ -28,15 +32,31 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if request.lifeline_fd >= 0:
         _set_fatal(request.lifeline_fd, True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
-    forker = start_forker(request.api_fd)
-    ours, theirs = socket.socketpair()
-    if os.fork() == 0:
-        ours.close()
-        _be_control(request, theirs)
+    _choose_open_files()
+    try:
+        forker = start_forker(request.api_fd)
+        ours, theirs = socket.socketpair()
+        if os.fork() == 0:
+            ours.close()
+            _be_control(request, theirs)
+    except OSError as error:  # processes or descriptors have run out
+        report(request.progress_fd, error=f"could not start the lab's processes: {error}", status=3)
+        return 3
     theirs.close()
     return _be_spawner(request, ours, forker)
+
+
+def _choose_open_files() -> None:
+    """Have room for the descriptors of a thousand pods, whatever the caller's limit is.
+
+    Nor more than that: programs that close all there could be take minutes over a thousand million.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < OPEN_FILES:
+        with contextlib.suppress(ValueError, OSError):  # beyond fs.nr_open, or without CAP_SYS_RESOURCE
+            resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+            return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
 
 
 def _set_fatal(lifeline: int, is_fatal: bool) -> None:
@@ -86,15 +106,16 @@ def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> 
         spawner.start_outside_dns()
         report(request.progress_fd, phase="network")
         preload(request.proxy_mode)
-        # The control process reports from here on; holding the pipe would hide its death from whoever waits.
-        os.close(request.progress_fd)
-        lifeline = [request.lifeline_fd] if request.lifeline_fd >= 0 else []
-        for fd in lifeline:
-            _set_fatal(fd, False)
-        spawner.serve(socket.socket(fileno=request.listener_fd), until=lifeline)
-    except TestbedError as error:
-        report(request.progress_fd, error=str(error), status=error.exit_status)
-        return error.exit_status
+    except (TestbedError, OSError) as error:
+        status = error.exit_status if isinstance(error, TestbedError) else 3
+        report(request.progress_fd, error=str(error), status=status)
+        return status
+    # The control process reports from here on; holding the pipe would hide its death from whoever waits.
+    os.close(request.progress_fd)
+    lifeline = [request.lifeline_fd] if request.lifeline_fd >= 0 else []
+    for fd in lifeline:
+        _set_fatal(fd, False)
+    spawner.serve(socket.socket(fileno=request.listener_fd), until=lifeline)
     return 0
 
 

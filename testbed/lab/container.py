@@ -6,7 +6,6 @@ Echo servers, of which there may be a thousand, come from the forker, into mount
 from __future__ import annotations
 
 import os
-import resource
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from testbed.kernel import linux
 from testbed.kernel.processes import Target, become, open_terminal, reset_signals
 from testbed.kernel.rootfs import Bind, enter_root, write_upper
 from testbed.kubelet.runtime import ContainerSpec, SandboxSpec
-from testbed.lab.forker import OPEN_FILES
+from testbed.lab.forker import limit_open_files
 
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -32,6 +31,7 @@ class ContainerStart:
     folder: str
     binds: tuple[Bind, ...]
     keep: tuple[str, ...]  # folders that must stay visible (rootfs.enter_root)
+    hide: tuple[str, ...]  # and those that must not be
 
 
 def fork_container(
@@ -110,8 +110,7 @@ def _enter_container(
     linux.close_descriptors_except(report, console)
     linux.unshare(linux.CLONE_NEWNS)
     _make_root(start, proc=True)
-    soft, most = OPEN_FILES
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    limit_open_files()
     if spec.tty:  # only now: the terminal is one of the container's own /dev/pts
         terminal = open_terminal(console, uid=spec.uid)
         for number in range(3):
@@ -134,7 +133,8 @@ def _make_root(start: ContainerStart, *, proc: bool) -> None:
     for path in start.spec.own_folders:
         os.makedirs(upper + path, exist_ok=True)
         os.chown(upper + path, start.spec.uid, start.spec.gid)
-    enter_root(start.folder, binds=start.binds, keep=start.keep, proc=proc, privileged=start.spec.privileged)
+    privileged = start.spec.privileged
+    enter_root(start.folder, binds=start.binds, keep=start.keep, hide=start.hide, proc=proc, privileged=privileged)
 
 
 def prepare_mounts(start: ContainerStart, node_pidfd: int, network_fd: int) -> int:

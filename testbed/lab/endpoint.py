@@ -12,7 +12,6 @@ import os
 import secrets
 import socket
 import ssl
-import tempfile
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -85,11 +84,11 @@ def _server_context(credentials: Credentials) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_OPTIONAL  # a token will do; a certificate of somebody else will not
     context.load_verify_locations(cadata=credentials.authority)
     context.set_alpn_protocols(["http/1.1"])
-    # OpenSSL reads certificates and keys from files only; this one has no name by the time anybody could look.
-    with tempfile.NamedTemporaryFile("w") as file:
+    # OpenSSL reads certificates and keys from files only; this one is in no folder and takes no room on a disk.
+    with open(os.memfd_create("server.pem"), "w") as file:
         file.write(credentials.server + credentials.server_key)
         file.flush()
-        context.load_cert_chain(file.name)
+        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
     return context
 
 

@@ -2,6 +2,7 @@
 
 ::
 
+    /run/testbed/          0755; of root, or of whoever asks, and nobody else's to write, or it is not used
     /run/testbed/NAME/     0700
         lock               flock'ed by the lab's processes: the kernel lets go of it when the last one dies
         lab.json           what `testbed ls` shows
@@ -15,15 +16,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
+import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from testbed.errors import InputError, LabError
+
+_MOST_PATH_BYTES = 107
+"""Of a Unix socket's name: sun_path has 108, with a zero byte (unix(7))."""
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 
@@ -57,6 +64,16 @@ def check_name(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have errors of the block name the file: those of a write to an open one do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class LabFolder:
     """A folder that this process has locked. Children that inherit ``lock_fd`` keep the lock."""
 
@@ -70,8 +87,9 @@ class LabFolder:
 
     def write_record(self, record: LabRecord) -> None:
         new = self.path / "lab.json.new"
-        new.write_text(json.dumps(asdict(record)))
-        new.replace(self.path / "lab.json")
+        with named(new):
+            new.write_text(json.dumps(asdict(record)))
+            new.replace(self.path / "lab.json")
 
     def unlock(self) -> None:
         """Let go of our own hold; the lab's processes have theirs."""
@@ -98,16 +116,64 @@ def claim_folder(name: str) -> LabFolder:
         raise LabError(f"cannot make the folder of lab {name!r}, {where}: {describe_oserror(error)}") from error
 
 
+_ELSEWHERE = "`XDG_RUNTIME_DIR=FOLDER testbed up` keeps labs in another folder where /run is read-only"
+_NEXT_STEPS = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EROFS: _ELSEWHERE,
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "the whole machine's limit of open files is reached (sysctl fs.file-max)",
+    errno.EAGAIN: "no more processes can be started: end some, or raise the limit (`ulimit -u`, pids.max of the cgroup)",
+    errno.ENOMEM: "free some memory",
+}
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def describe_oserror(error: OSError) -> str:
-    """Return the kernel's words for what failed, with the file if there was one."""
+    """Return the kernel's words for what failed, with the file if there was one, and what to do where that is known."""
     reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename else reason
+    reason = f"{error.filename}: {reason}" if error.filename else reason
+    next_step = _NEXT_STEPS.get(error.errno or 0) if error.filename or error.errno not in _OF_FILES else None
+    return f"{reason}; {next_step}" if next_step else reason
+
+
+def _check_owner(path: Path, *, shared: bool = False) -> None:
+    """Refuse a folder that another user may have put things into: whoever can do that could pass for a lab.
+
+    Args:
+        shared: others may make entries of their own in it, as in /tmp, which are theirs to see.
+
+    Raises:
+        InputError: it is somebody else's, a link, or anybody's to write.
+    """
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        wrong = "is a link" if stat.S_ISLNK(found.st_mode) else "is no folder"
+    elif found.st_uid not in (0, os.geteuid()):
+        wrong = f"belongs to user {found.st_uid}"
+    elif found.st_mode & 0o022 and not (shared and found.st_mode & stat.S_ISVTX):
+        wrong = f"can be written by others (its mode is {stat.S_IMODE(found.st_mode):04o})"
+    else:
+        return
+    raise InputError(f"{path}, where labs are kept, {wrong}: labs would not be safe there; remove it and try again")
 
 
 def _claim(name: str) -> LabFolder:
     path = state_root() / check_name(name)
+    if ":" in str(path):
+        raise InputError(
+            f"labs cannot be kept in {path.parent}: a ':' separates files in KUBECONFIG; set XDG_RUNTIME_DIR to another folder"
+        )
+    if len(os.fsencode(path / "api" / "api.sock")) > _MOST_PATH_BYTES:
+        raise InputError(
+            f"labs cannot be kept in {path.parent}: the names of sockets there would be too long for the kernel "
+            f"({_MOST_PATH_BYTES} bytes); set XDG_RUNTIME_DIR to a shorter path"
+        )
     while True:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _check_owner(path.parent, shared=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        _check_owner(path)
         folder = _lock(path)
         if folder is None:
             raise LabError(
@@ -115,10 +181,15 @@ def _claim(name: str) -> LabFolder:
             )
         if folder is not _GONE:
             break
-    for entry in path.iterdir():
-        if entry.name != "lock":
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    (path / "api").mkdir(mode=0o700)
+    try:
+        for entry in path.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        path.chmod(0o700)
+        (path / "api").mkdir(mode=0o700)
+    except OSError:
+        folder.remove()
+        raise
     return folder
 
 
@@ -128,7 +199,7 @@ _GONE = LabFolder(Path(), -1)
 def _lock(path: Path) -> LabFolder | None:
     """Lock a folder: None when a lab holds it, `_GONE` when it was removed under our hands."""
     try:
-        fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
         return _GONE
     except PermissionError as error:
@@ -158,7 +229,10 @@ def list_labs() -> tuple[list[LabRecord], dict[str, str]]:
     root = state_root()
     records: list[LabRecord] = []
     unreadable: dict[str, str] = {}
-    for path in sorted(root.iterdir()) if root.is_dir() else ():
+    if not os.path.lexists(root):
+        return records, unreadable
+    _check_owner(root, shared=True)
+    for path in sorted(root.iterdir()):
         try:
             record = _read_living(path)
         except (OSError, ValueError) as error:
@@ -177,6 +251,8 @@ def _read_living(path: Path) -> LabRecord | None:
     """
     if not path.is_dir() or not _NAME.fullmatch(path.name):
         raise ValueError("it is not the folder of a lab")
+    if os.geteuid() == 0 and path.lstat().st_uid != 0:
+        raise ValueError(f"it belongs to user {path.lstat().st_uid}, and no lab of ours does")
     folder = _lock(path)
     if folder is _GONE:
         return None

@@ -31,6 +31,14 @@ FORKED_ELSEWHERE = "echo"
 OPEN_FILES = (4096, 1 << 20)
 """Soft and, at most, hard limit of open files in a container."""
 
+
+def limit_open_files() -> None:
+    """Have this process and its children open as many files as a container may, as far as our own limit goes."""
+    soft, most = OPEN_FILES
+    hard = min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard), hard))
+
+
 _ANSWER = struct.Struct("=i")  # a pid, or a negative errno
 _ORDER_BYTES = 65536
 _FDS_BYTES = socket.CMSG_SPACE(7 * _ANSWER.size)
@@ -110,8 +118,7 @@ def start_forker(*not_for_it: int) -> Forker:
 
 def _serve(connection: socket.socket) -> None:
     os.setsid()
-    soft, most = OPEN_FILES
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+    limit_open_files()
     echo.rehearse()
     gc.collect()
     gc.freeze()

@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,8 +41,10 @@ from testbed.lab.container import (
     order_of,
     prepare_mounts,
 )
+from testbed.lab.folder import describe_oserror
 from testbed.lab.forker import FORKED_ELSEWHERE, Forker, ForkerGone
 from testbed.lab.frames import FrameReader, send_frame
+from testbed.lab.hostpaths import HostPaths
 from testbed.lab.streams import Streams
 from testbed.lab.volumefiles import write_atomically
 from testbed.model.topology import Topology
@@ -95,6 +98,7 @@ class Spawner:
         self._selector = selectors.DefaultSelector()
         self._sandboxes: dict[str, _Sandbox] = {}
         self._containers: dict[str, _Container] = {}
+        self._host_paths = HostPaths(lab_folder, self.private)
         self._keep = _folders_to_keep()
         self._deadlines: list[tuple[float, int, Callable[[], None]]] = []
         self._deadline_count = 0
@@ -217,7 +221,7 @@ class Spawner:
         config.write_text(render_outside_dnsmasq(self.network.topology, str(folder / "hosts")))
         place = Target(name=host, pidfd=self.network[host].holder.pidfd, env=dict(os.environ))
         pid = fork_in(place, exec_child(place, ["dnsmasq", "--keep-in-foreground", "-C", str(config)]))
-        self._watch_child(pid, lambda status: print(f"outside DNS on {host} ended: {exit_code(status)}", flush=True))
+        self._watch_child(pid, lambda status: _log(f"outside DNS on {host} ended: {exit_code(status)}"))
 
     # -- sandboxes -------------------------------------------------------------------------------------------------
 
@@ -308,7 +312,7 @@ class Spawner:
             streams.close()
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
-                reason = f"could not start container {spec.name!r}: {error.strerror}"
+                reason = f"could not start container {spec.name!r}: {describe_oserror(error)}"
                 raise KernelError(f"{sandbox.name}: {reason}") from error
             raise
         finally:
@@ -361,8 +365,9 @@ class Spawner:
             sandbox=sandbox.spec,
             spec=spec,
             folder=folder,
-            binds=tuple(self._bind(sandbox, mount) for mount in spec.mounts),
+            binds=tuple(self._bind(sandbox, mount, privileged=spec.privileged) for mount in spec.mounts),
             keep=self._keep,
+            hide=(os.path.realpath(self.lab_folder),),
         )
         node: Holder = self.network[sandbox.spec.node].holder
         place: Holder = node if sandbox.spec.address is None else self.network[sandbox.name].holder
@@ -394,23 +399,23 @@ class Spawner:
         _make_layers(start.folder)
         return 0
 
-    def _bind(self, sandbox: _Sandbox, mount: Mount) -> Bind:
+    def _bind(self, sandbox: _Sandbox, mount: Mount, *, privileged: bool) -> Bind:
         volume = next((found for found in sandbox.spec.volumes if found.name == mount.volume), None)
         if volume is None:
             raise KernelError(f"{sandbox.name}: no volume {mount.volume!r} to mount at {mount.path}")
-        source = self._volume_path(sandbox, volume)
-        if mount.sub_path:
-            # An emptyDir is the pod's to write: a link in it must not lead the mount out of the volume.
-            inside = os.path.realpath(f"{source}/{mount.sub_path}")
-            if not volume.host_path and not inside.startswith(f"{os.path.realpath(source)}/"):
-                raise InputError(f"{sandbox.name}: subPath {mount.sub_path!r} leads out of volume {volume.name!r}")
-            if volume.files is None and not os.path.exists(inside):
-                os.makedirs(inside)
-            source = inside
-        return Bind(source, mount.path, mount.read_only or volume.files is not None)
-
-    def _volume_path(self, sandbox: _Sandbox, volume: Volume) -> str:
-        return volume.host_path or f"{sandbox.folder}/volumes/{volume.name}"
+        if volume.host_path:
+            node: Holder = self.network[sandbox.spec.node].holder
+            shown = self._host_paths.find(sandbox.spec.node, node.pidfd, volume)
+            is_closed = shown.is_kernels and not privileged
+            return Bind(
+                shown.source, mount.path, mount.read_only or is_closed, below=mount.sub_path,
+                makes_folders=not shown.is_kernels, recursive=False, has_devices=privileged,
+            )  # fmt: skip
+        is_empty_dir = volume.files is None
+        return Bind(
+            f"{sandbox.folder}/volumes/{volume.name}", mount.path, mount.read_only or not is_empty_dir,
+            below=mount.sub_path, makes_folders=is_empty_dir,
+        )  # fmt: skip
 
     def do_signal_container(self, reply: Reply, _fds: list[int], *, container_id: str, signal_number: int) -> None:
         container = self._containers.get(container_id)
@@ -618,12 +623,14 @@ def _call(handler: Callable[[], None]) -> None:
     try:
         handler()
     except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
+        with suppress(OSError):  # the disk that the log is on may be full
+            traceback.print_exc()
+            sys.stderr.flush()
 
 
 def _log(message: str) -> None:
-    print(f"spawner: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(f"spawner: {message}", file=sys.stderr, flush=True)
 
 
 def _make_layers(folder: str) -> None:

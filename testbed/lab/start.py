@@ -10,33 +10,43 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import select
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from testbed.api.client import ApiClient
 from testbed.errors import InputError, LabError, MissingFeature, TestbedError
 from testbed.kernel import linux
 from testbed.kernel.interrupts import HeldInterrupts
 from testbed.kernel.iptables import default_backend, detect_backend
+from testbed.kernel.limits import spare_processes
 from testbed.kernel.modules import ensure_bridge_netfilter
 from testbed.kernel.pace import patient
 from testbed.kernel.runner import SubprocessRunner
 from testbed.lab.folder import LabFolder, LabRecord, claim_folder, describe_oserror, find_record, list_records
 from testbed.lab.handle import Lab, end_of_log
-from testbed.lab.request import LabRequest
+from testbed.lab.request import LabRequest, report
 from testbed.model.topology import Topology
 
 READY_WITHIN_S = 60.0
 """A lab takes a second or two; a loaded machine some more."""
 
+_MOST_WARNINGS = 5
+
+LEAST_OPEN_FILES = 1024
+"""Of a process: a lab of three nodes has about a hundred open, and a pod adds up to ten."""
 _END_WITHIN_S = 30.0
 """A lab takes a fraction of a second; the kernel some more where there is a lot to give back."""
+
+_PROCESSES, _PROCESSES_OF_A_NODE = 40, 10
+"""Of a lab before its first pod, threads among them: 54 with three nodes, at the most."""
 
 _TOOLS = {
     "tini": "tini",
@@ -46,12 +56,18 @@ _TOOLS = {
     "nginx": "nginx-light",
     "conntrack": "conntrack",
     "dnsmasq": "dnsmasq-base",
+    "which": "debianutils",  # by which Mininet looks for the next two, and ends a process that lacks one
+    "mnexec": "mininet",
+    "ifconfig": "net-tools",
 }
 """Program -> Debian package, for what every lab needs."""
 
 
-def check_machine() -> None:
+def check_machine(also: Mapping[str, str] = {}) -> None:
     """Refuse to start where a lab cannot run.
+
+    Args:
+        also: program -> Debian package, for what is to be done in the lab.
 
     Raises:
         InputError: not root.
@@ -59,13 +75,38 @@ def check_machine() -> None:
     """
     if os.geteuid() != 0:
         raise InputError("a lab needs root: run this command as root, or with sudo")
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    tools = {**_TOOLS, **also}
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        packages = " ".join(sorted({_TOOLS[tool] for tool in missing}))
+        packages = " ".join(sorted({tools[tool] for tool in missing}))
         raise MissingFeature(
             f"missing: {', '.join(missing)}; install with `apt-get install {packages}`, or run `./dev setup`"
         )
+    _ensure_open_files()
     ensure_bridge_netfilter()
+
+
+def _ensure_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard >= LEAST_OPEN_FILES:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, LEAST_OPEN_FILES))
+    except (ValueError, OSError):
+        raise MissingFeature(
+            f"a process may have {hard} files open here, and a lab's need {LEAST_OPEN_FILES}: raise the limit where it was "
+            "lowered (`ulimit -Hn`, /etc/security/limits.conf, LimitNOFILE= of a systemd service)"
+        ) from None
+
+
+def _check_processes(topology: Topology) -> None:
+    needed = _PROCESSES + _PROCESSES_OF_A_NODE * len(topology.nodes)
+    spare = spare_processes()
+    if spare is not None and spare[0] < needed:
+        raise MissingFeature(
+            f"{spare[0]} more processes and threads can be started here, and a lab of {len(topology.nodes)} nodes needs "
+            f"{needed}: raise the limit in {spare[1]}/pids.max (TasksMax= of a systemd unit, --pids-limit of a container)"
+        )
 
 
 def choose_iptables_backend(wanted: str = "") -> str:
@@ -114,6 +155,7 @@ def start_lab(
             )  # fmt: skip
     with interrupts.let_in():  # the terminal's Ctrl-C ends the programs that are asked, too
         check_machine()
+        _check_processes(topology)
         backend = choose_iptables_backend(iptables_backend)
     folder = claim_folder(name)
     try:
@@ -199,6 +241,7 @@ def _fork_first_process(folder: LabFolder, request: LabRequest) -> int:
 def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -> NoReturn:
     try:
         os.setsid()
+        os.umask(0o022)  # files of a pod's /etc are for all of its users to read, whoever has started the lab
         log = os.open(folder.path / "lab.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         null = os.open("/dev/null", os.O_RDONLY)
         for source, number in ((null, 0), (log, 1), (log, 2)):
@@ -226,9 +269,7 @@ def _be_first_process(folder: LabFolder, request: LabRequest, parameters: int) -
         os.chdir("/")
         os.execvp("tini", ["tini", "--", sys.executable, "-m", "testbed.lab.boot", str(parameters)])
     except BaseException as error:
-        os.write(
-            request.progress_fd, json.dumps({"error": f"could not isolate the lab: {error}", "status": 3}).encode()
-        )
+        report(request.progress_fd, error=f"could not isolate the lab: {error}", status=3)
     finally:
         os._exit(3)
 
@@ -242,7 +283,7 @@ def _wait_until_ready(folder: LabFolder, progress: int, log: int, on_progress: C
         if not select.select([progress], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise LabError(
                 f"lab {folder.name!r} was not ready within {within_s:g} s; the last phase reached was {phase!r}"
-                f"{end_of_log(log)}"
+                f"{_warnings(folder) if phase == 'api' else ''}{end_of_log(log)}"
             )
         data = os.read(progress, 65536)
         if not data:
@@ -256,6 +297,19 @@ def _wait_until_ready(folder: LabFolder, progress: int, log: int, on_progress: C
                 return
             phase = message["phase"]
             on_progress(phase)
+
+
+def _warnings(folder: LabFolder) -> str:
+    """Return what the lab's own programs could not do, by its events, each on a line of its own."""
+    client = ApiClient(str(folder.path / "api" / "api.sock"), timeout_s=2)
+    try:
+        events, _ = client.list("events", "kube-system")
+    except (TestbedError, OSError):
+        return ""
+    finally:
+        client.close()
+    warnings = {event["message"]: event["involvedObject"]["name"] for event in events if event["type"] == "Warning"}
+    return "".join(f"\n    {name}: {message}" for message, name in list(warnings.items())[-_MOST_WARNINGS:])
 
 
 class _Refused(TestbedError):

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from testbed.errors import ManifestError, Problem
-from testbed.manifests.decode import API_VERSION, Decoded, Wire, json_schema
+from testbed.manifests.decode import API_VERSION, Decoded, Wire, described, json_schema
 from testbed.manifests.scalars import Duration, Rate
-from testbed.manifests.source import Document, load_one
+from testbed.manifests.source import BENCHMARK_FILE, Document, load_one
 from testbed.manifests.text import unsafe_path
 from testbed.manifests.topology import MetadataWire, find_topology, load_topology
 from testbed.model.benchmark import (
@@ -24,6 +24,7 @@ from testbed.model.benchmark import (
     DEFAULT_STREAMS,
     DEFAULT_TOPOLOGY,
     HTTP_ONLY,
+    MOST_SERVICES,
     Benchmark,
     Case,
     NetPath,
@@ -37,7 +38,6 @@ from testbed.model.benchmark import (
 )
 from testbed.model.topology import PROXY_MODES, Topology
 
-BENCHMARK_FILE = "benchmark.yaml"
 _LONGEST_S = 3600.0
 
 PathName = Literal[
@@ -47,93 +47,143 @@ PositionName = Literal["first", "middle", "last"]
 Paths = (
     Annotated[
         list[PathName],
-        Meta(min_length=1, description="default: direct, clusterip, nodeport; what a path is compared with comes too"),
+        described(
+            "the ways that requests take; what a path is compared with comes too",
+            default=[path.value for path in DEFAULT_PATHS],
+            min_length=1,
+        ),
     ]
     | None
 )
-Positions = (
-    Annotated[
-        list[PositionName],
-        Meta(min_length=1, description="where in the rules the Service is that path clusterip asks"),
-    ]
-    | None
-)
+_POSITIONS = "where in the rules the Service is that path clusterip asks"
 
 
 class ThroughputWire(Wire):
-    """iperf3: TCP streams, and UDP at given rates."""
+    """iperf3: TCP streams, and UDP at given rates. Not over path ingress, which passes HTTP only."""
 
     paths: Paths = None
     streams: (
-        Annotated[list[Annotated[int, Meta(ge=1, le=128)]], Meta(min_length=1, description="default: 1 and 8")] | None
+        Annotated[
+            list[Annotated[int, Meta(ge=1, le=128)]],
+            described("how many TCP streams at once; default: [1, 8], or none when udp is given", min_length=1),
+        ]
+        | None
     ) = None
-    udp: Annotated[list[Rate], Meta(description="rates such as 200mbit")] = field(default_factory=list)
+    udp: Annotated[list[Rate], described("rates to send UDP at")] = field(default_factory=list)
 
 
 class ConnectionsWire(Wire):
     """wrk: HTTP requests a second, on connections that last and on new ones."""
 
     paths: Paths = None
-    positions: Positions = None
-    keep_alive: Annotated[bool | None, Meta(description="only those that last, or only new ones; default: both")] = None
+    positions: (
+        Annotated[list[PositionName], described(_POSITIONS, default=[Position.LAST.value], min_length=1)] | None
+    ) = None
+    keep_alive: (
+        Annotated[bool, described("true: only connections that last; false: a new one for each request; default: both")]
+        | None
+    ) = None
 
 
 class LatencyWire(Wire):
     """The time from opening a connection to the first byte of an answer."""
 
     paths: Paths = None
-    positions: Positions = None
+    positions: (
+        Annotated[
+            list[PositionName],
+            described(_POSITIONS, default=[position.value for position in Position], min_length=1),
+        ]
+        | None
+    ) = None
 
 
 class SyncWire(Wire):
-    """The time from a change at the API to the rules in every node's kernel, and that of writing all rules."""
+    """The time from a change at the API to the rules in every node's kernel, and that of writing all rules. No fields."""
 
 
 class MeasureWire(Wire):
     """One workload: exactly one of these."""
 
-    throughput: ThroughputWire | None = None
-    connections: ConnectionsWire | None = None
-    latency: LatencyWire | None = None
-    sync: SyncWire | None = None
+    throughput: Annotated[
+        ThroughputWire | None,
+        described(
+            "bytes a second", examples=[{"paths": ["clusterip", "nodeport"], "streams": [1, 8], "udp": ["200mbit"]}]
+        ),
+    ] = None
+    connections: Annotated[
+        ConnectionsWire | None,
+        described(
+            "HTTP requests a second", examples=[{"paths": ["clusterip"], "positions": ["last"], "keepAlive": False}]
+        ),
+    ] = None
+    latency: Annotated[
+        LatencyWire | None,
+        described(
+            "time to the first answer", examples=[{"paths": ["clusterip"], "positions": ["first", "middle", "last"]}]
+        ),
+    ] = None
+    sync: Annotated[SyncWire | None, described("time from a change to the rules", examples=[{}])] = None
 
 
 class SpecWire(Wire):
     """What is measured, and how often."""
 
-    measure: Annotated[list[MeasureWire], Meta(min_length=1)] | None
-    topology: Annotated[
-        str | None, Meta(description="a file of this folder, or the name of one of ours; default: bench")
-    ] = None
+    measure: (
+        Annotated[list[MeasureWire], described("the workloads; all are part of the same rounds", min_length=1)] | None
+    )
+    topology: (
+        Annotated[str, described("a file of this folder, or the name of one of ours", default=DEFAULT_TOPOLOGY)] | None
+    ) = None
     proxy_modes: (
         Annotated[
             list[Literal["userspace", "iptables", "ipvs", "nftables"]],
-            Meta(min_length=1, description="default: all, those that cannot run are left out"),
+            described(
+                "the modes; one that is named and can run nowhere ends the command; default: all that can run",
+                min_length=1,
+            ),
         ]
         | None
     ) = None
     services: (
         Annotated[
-            list[Annotated[int, Meta(ge=0, le=50000)]],
-            Meta(min_length=1, description="numbers of Services at which everything is measured"),
+            list[Annotated[int, Meta(ge=0, le=MOST_SERVICES)]],
+            described(
+                "numbers of Services at which everything is measured; the topology's serviceCIDR must have room for them; "
+                "default: [1000], or [1, 1000, 5000] when latency or sync is first in measure",
+                min_length=1,
+            ),
         ]
         | None
     ) = None
-    samples: Annotated[int, Meta(ge=1, le=1000, description="rounds at each number of Services")] = DEFAULT_SAMPLES
-    duration: Annotated[Duration | None, Meta(description="of one sample; default 1s")] = None
-    clients: Annotated[int, Meta(ge=1, le=10000, description="connections that wrk holds open")] = DEFAULT_CLIENTS
-    endpoints: Annotated[int, Meta(ge=1, le=100, description="of each Service that is only there to be many")] = 1
-    seed: Annotated[int, Meta(ge=0, le=1 << 31, description="of the intervals")] = DEFAULT_SEED
-    one_kernel: Annotated[bool, Meta(description="all modes in the nested kernel")] = False
+    samples: Annotated[int, described("rounds at each number of Services, after one for warming up", ge=1, le=1000)] = (
+        DEFAULT_SAMPLES
+    )
+    duration: (
+        Annotated[
+            Duration,
+            described(
+                f"of one sample, at most {_LONGEST_S / 3600:g}h; whole seconds, but for latency alone",
+                default=f"{DEFAULT_DURATION_S:g}s",
+            ),
+        ]
+        | None
+    ) = None
+    clients: Annotated[int, described("connections that wrk holds open at once", ge=1, le=10000)] = DEFAULT_CLIENTS
+    endpoints: Annotated[int, described("of each Service that is only there to be many", ge=1, le=100)] = 1
+    seed: Annotated[int, described("of the bootstrap that the intervals come from", ge=0, le=1 << 31)] = DEFAULT_SEED
+    one_kernel: Annotated[
+        bool, described("all modes in the same kernel: this one if it runs them all, else the nested one")
+    ] = False
 
 
 class BenchmarkWire(Wire):
     """A benchmark file."""
 
-    api_version: Literal["testbed/v1"] | None
-    kind: Literal["Benchmark"] | None
-    metadata: MetadataWire | None
-    spec: SpecWire | None
+    api_version: Annotated[Literal["testbed/v1"], described("the version of the format")] | None
+    kind: Annotated[Literal["Benchmark"], described("what the file is")] | None
+    metadata: Annotated[MetadataWire | None, described("its name")]
+    spec: Annotated[SpecWire | None, described("what is measured")]
 
 
 _WORKLOADS = ("throughput", "connections", "latency", "sync")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from testbed.errors import Problem
 from testbed.manifests.allocations import allocation_problems
-from testbed.manifests.benchmark import BENCHMARK_FILE, read_benchmark
+from testbed.manifests.benchmark import read_benchmark
 from testbed.manifests.decode import API_VERSION, Decoded
 from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.objects import SourceObject, read_objects, repeated_objects, unmatched_selectors
-from testbed.manifests.scenario import SCENARIO_FILE, find_scenarios, read_scenario
-from testbed.manifests.source import Document, parse_documents, read_text
+from testbed.manifests.scenario import find_scenarios, read_scenario
+from testbed.manifests.source import BENCHMARK_FILE, SCENARIO_FILE, Document, parse_documents, read_text
 from testbed.manifests.text import suggestion
 from testbed.manifests.topology import read_topology
 from testbed.model.cluster import ClusterConfig

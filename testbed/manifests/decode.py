@@ -11,6 +11,7 @@ The Struct classes are the only description of our formats: this walker follows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -39,6 +40,18 @@ _BAD = object()
 
 class Wire(msgspec.Struct, forbid_unknown_fields=True, rename="camel", kw_only=True, eq=False):
     """Base of everything that our documents are made of."""
+
+
+def described(text: str, *, default: Any = None, examples: Sequence[Any] = (), **limits: Any) -> msgspec.Meta:
+    """Return what a field's schema says besides its type; tools/reference.py writes it into docs/ as well.
+
+    ``default`` is as a file would have it. One that has to be worked out is the end of the text instead:
+    ``the bridge's own address; default: the first one of cidr``. Such a field's type is ``Annotated[X, …] | None``: the
+    default of the whole union would be overruled by the None that stands for "not given". Of a Struct it is
+    ``Annotated[X | None, …]``, since msgspec drops what is said of a Struct in a union.
+    """
+    extra = None if default is None else {"default": default}
+    return msgspec.Meta(description=text, examples=list(examples) or None, extra_json_schema=extra, **limits)
 
 
 class Decoded:
@@ -175,16 +188,19 @@ def json_schema(wire: type[Wire], title: str) -> dict[str, Any]:
 
 
 def _schema_of(cls: type) -> dict[str, Any]:
-    return {"type": "string", **SCALARS[cls].schema}
+    scalar = SCALARS[cls]
+    return {"title": scalar.title, "type": "string", **scalar.schema}
 
 
 def _without_null(schema: Any) -> Any:
-    """Drop the null that is in our Structs only to stand for a value that was wrong."""
+    """Drop the null that is in our Structs only to stand for a value that was wrong; descriptions become one line."""
     if isinstance(schema, list):
         return [_without_null(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
     found = {key: _without_null(inner) for key, inner in schema.items() if not (key == "default" and inner is None)}
+    if isinstance(found.get("description"), str):
+        found["description"] = " ".join(found["description"].split())  # docstrings have indented lines
     if isinstance(found.get("enum"), list) and None in found["enum"]:
         found["enum"] = [value for value in found["enum"] if value is not None]
     if isinstance(found.get("anyOf"), list):

@@ -118,6 +118,11 @@ class Scalar:
     noun: str
     schema: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """Return what the schema calls it: the noun without article and example."""
+        return self.noun.partition(" such as ")[0].partition(" (")[0].removeprefix("an ").removeprefix("a ")
+
 
 def _dns_reason(text: str, max_length: int, pattern: str) -> str:
     if len(text) > max_length:
@@ -301,6 +306,8 @@ def parse_port_range(text: str) -> PortRange:
 
 _ADDRESS_PATTERN = r"^([0-9]{1,3}\.){3}[0-9]{1,3}$"
 
+_NUMBER_SCHEMA = r"^[0-9]+(\.[0-9]+)?"
+
 SCALARS: dict[type, Scalar] = {
     Label: Scalar(parse_label, "a name", {"pattern": f"^{LABEL_PATTERN}$", "maxLength": 63}),
     MachineName: Scalar(parse_machine_name, "a name", {"pattern": f"^{SUBDOMAIN_PATTERN}$", "maxLength": 63}),
@@ -317,11 +324,29 @@ SCALARS: dict[type, Scalar] = {
     LabelValue: Scalar(
         parse_label_value, "a label value (text)", {"pattern": f"^{LABEL_VALUE_PATTERN}$", "maxLength": 63}
     ),
-    Duration: Scalar(parse_duration, "a duration such as 5s", {"pattern": r"^[0-9]+(\.[0-9]+)?(ms|s|m|h)$"}),
-    GoDuration: Scalar(parse_go_duration, "a duration such as 30s", {"pattern": f"^({GO_DURATION_PATTERN})$"}),
-    Delay: Scalar(parse_delay, "a delay such as 10ms", {"pattern": r"^[0-9]+(\.[0-9]+)?(us|ms|s)$"}),
-    Rate: Scalar(parse_rate, "a rate such as 100mbit", {"pattern": r"^[0-9]+(\.[0-9]+)?([kmgKMG])?[bB][iI][tT]$"}),
-    Percent: Scalar(parse_percent, "a percentage such as 1%", {"pattern": r"^[0-9]+(\.[0-9]+)?%$"}),
+    Duration: Scalar(
+        parse_duration,
+        "a duration such as 5s",
+        {"pattern": f"{_NUMBER_SCHEMA}(ms|s|m|h)$", "examples": ["500ms", "5s", "1m", "1h"]},
+    ),
+    GoDuration: Scalar(
+        parse_go_duration,
+        "a duration such as 30s",
+        {"pattern": f"^({GO_DURATION_PATTERN})$", "examples": ["30s", "1m0s"]},
+    ),
+    Delay: Scalar(
+        parse_delay,
+        "a delay such as 10ms",
+        {"pattern": f"{_NUMBER_SCHEMA}(us|ms|s)$", "examples": ["500us", "10ms", "1s"]},
+    ),
+    Rate: Scalar(
+        parse_rate,
+        "a rate such as 100mbit",
+        {"pattern": f"{_NUMBER_SCHEMA}([kmgKMG])?[bB][iI][tT]$", "examples": ["500kbit", "100mbit", "1gbit"]},
+    ),
+    Percent: Scalar(
+        parse_percent, "a percentage such as 1%", {"pattern": f"{_NUMBER_SCHEMA}%$", "examples": ["1%", "0.5%"]}
+    ),
     PortRange: Scalar(parse_port_range, "a port range such as 30000-32767", {"pattern": "^[0-9]{1,5}-[0-9]{1,5}$"}),
     IPv4Address: Scalar(parse_address, "an IPv4 address", {"pattern": _ADDRESS_PATTERN}),
     DnsAddress: Scalar(parse_dns_address, "an IPv4 address or none", {"pattern": f"{_ADDRESS_PATTERN}|^none$"}),

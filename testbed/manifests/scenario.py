@@ -18,7 +18,7 @@ from msgspec import Meta, field
 from testbed.errors import ManifestError, Problem
 from testbed.manifests.allocations import allocation_problems
 from testbed.manifests.crosscheck import makes_objects, missing, missing_namespaces
-from testbed.manifests.decode import Decoded, Wire, json_schema
+from testbed.manifests.decode import Decoded, Wire, described, json_schema
 from testbed.manifests.objects import SourceObject, read_objects_file, repeated_objects, unmatched_selectors
 from testbed.manifests.scalars import (
     SUBDOMAIN_PATTERN,
@@ -27,7 +27,7 @@ from testbed.manifests.scalars import (
     parse_label_key,
     parse_label_value,
 )
-from testbed.manifests.source import Document, load_one
+from testbed.manifests.source import BENCHMARK_FILE, SCENARIO_FILE, Document, load_one
 from testbed.manifests.text import suggestion, unsafe_path
 from testbed.manifests.topology import MetadataWire, find_topology, load_topology
 from testbed.model.doctor import CAUSES
@@ -68,8 +68,6 @@ from testbed.model.scenario import (
 )
 from testbed.model.topology import Topology
 
-SCENARIO_FILE = "scenario.yaml"
-
 
 def find_scenarios(path: Path) -> list[Path]:
     """Return the scenarios of a path in order: itself, or the folders in a folder that is none, by name."""
@@ -81,192 +79,496 @@ def find_scenarios(path: Path) -> list[Path]:
 # ── the format ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ModeName = Literal["userspace", "iptables", "ipvs", "nftables"]
-Within = Annotated[Duration | None, Meta(description="try again until it holds, this long; 0s: once")]
-WhereText = Annotated[str, Meta(description="a node, an outside host, NAMESPACE/POD or NAMESPACE/label=value")]
-PodsText = Annotated[str, Meta(description="NAMESPACE/POD or NAMESPACE/label=value[,label=value]")]
+WhereText = Annotated[
+    str,
+    described(
+        "WHERE: a node, an outside host, `NAMESPACE/POD`, or `NAMESPACE/label=value` (the first ready pod by name)"
+    ),
+]
+PodsText = Annotated[str, Meta(description="PODS: NAMESPACE/POD or NAMESPACE/label=value[,label=value]")]
+_SHOWN_WITHIN = "try again until it holds, at most this long; `0s`: once"
+_RetriedOnce = Annotated[Duration, described(_SHOWN_WITHIN, default="0s")]
+_RetriedExpectation = Annotated[Duration, described(_SHOWN_WITHIN, default=f"{DEFAULT_EXPECT_WITHIN_S:g}s")]
 
 
 class ScaleWire(Wire):
-    """Set a number of replicas."""
+    """Set the replicas of a Deployment or a ReplicaSet."""
 
-    replicas: Annotated[int, Meta(ge=0, le=10000)] | None
-    deployment: str | None = None
-    replicaset: str | None = None
-    within: Within = None
+    replicas: Annotated[int, described("how many", ge=0, le=10000)] | None
+    deployment: Annotated[str, described("`NAMESPACE/NAME`; this or replicaset")] | None = None
+    replicaset: Annotated[str, described("`NAMESPACE/NAME`")] | None = None
+    within: (
+        Annotated[
+            Duration, described("wait until that many pods are ready, at most this long; default: not waited for")
+        ]
+        | None
+    ) = None
 
 
 class TableWire(Wire):
-    """The form of a printed table: all of its columns and rows."""
+    """The form of a table as kubectl prints it."""
 
-    columns: Annotated[list[str], Meta(min_length=1)] | None
-    rows: Annotated[list[list[str]], Meta(description="cells as patterns with * and ?; in any order")] | None
+    columns: Annotated[list[str], described("the header: all columns, in order", min_length=1)] | None
+    rows: (
+        Annotated[
+            list[list[str]],
+            described("every row, in any order; a cell is a pattern in which `*` and `?` stand for text"),
+        ]
+        | None
+    )
 
 
-MatchesText = Annotated[str | None, Meta(description="a regular expression for a part of what it writes")]
-NameText = Annotated[str, Meta(pattern="^[a-z][a-z0-9-]*$")] | None
+_Words = Annotated[
+    str | Annotated[list[str], Meta(min_length=1)],
+    described("the program and its arguments: a list of words, or text that is split into words (quotes count)"),
+]
+_Printed = Annotated[str, described("a part of the standard output; default: anything")]
+_Matched = Annotated[
+    str,
+    described(
+        "a regular expression for a part of all it writes, errors included; `^` and `$` are of lines; default: anything"
+    ),
+]
+_Table = Annotated[TableWire | None, described("the table that it prints")]
+_KEPT_NAME = "[a-z][a-z0-9-]*"
+_NAME_PATTERN = f"^{_KEPT_NAME}$"
+_Kept = Annotated[
+    str,
+    described(
+        "keep what it prints under this name: `{{NAME}}` stands for it in `run` and `prints` of later steps; default: not kept",
+        pattern=_NAME_PATTERN,
+    ),
+]
+_Differs = Annotated[
+    str,
+    described(
+        "it prints something else than what was kept under this name; default: not compared", pattern=_NAME_PATTERN
+    ),
+]
+_ExitStatus = Annotated[int, described("the exit status that it must end with", ge=0, le=255)]
 
 
 class ExecWire(Wire):
-    """Run a program."""
+    """Run a program in a node, an outside host or a pod, without a shell: name `sh -c` yourself if you want one."""
 
     in_: WhereText | None = field(name="in")
-    run: Annotated[list[str], Meta(min_length=1)] | str | None
-    prints: str | None = None
-    matches: MatchesText = None
-    table: TableWire | None = None
-    differs: NameText = None
-    keep: NameText = None
-    status: Annotated[int, Meta(ge=0, le=255)] = 0
-    within: Within = None
+    run: _Words | None
+    prints: _Printed | None = None
+    matches: _Matched | None = None
+    table: _Table = None
+    differs: _Differs | None = None
+    keep: _Kept | None = None
+    status: _ExitStatus = 0
+    within: _RetriedOnce | None = None
 
 
 class KubectlWire(Wire):
-    """Run kubectl."""
+    """Run kubectl, with the folder of the scenario as its working folder."""
 
-    run: Annotated[list[str], Meta(min_length=1)] | str | None
-    prints: str | None = None
-    matches: MatchesText = None
-    table: TableWire | None = None
-    differs: NameText = None
-    keep: NameText = None
-    each: Annotated[str | None, Meta(description="run once for each of these pods: {{pod}}, {{ip}}, {{number}}")] = None
-    editor: Annotated[str | None, Meta(description="what kubectl edit runs on the file")] = None
-    status: Annotated[int, Meta(ge=0, le=255)] = 0
-    within: Within = None
+    run: _Words | None
+    prints: _Printed | None = None
+    matches: _Matched | None = None
+    table: _Table = None
+    differs: _Differs | None = None
+    keep: _Kept | None = None
+    each: (
+        Annotated[
+            str,
+            described(
+                "PODS: run once for each of them, by name; `{{pod}}`, `{{ip}}` and `{{number}}` stand for its name, its address, "
+                "and 1, 2, …; default: run once"
+            ),
+        ]
+        | None
+    ) = None
+    editor: Annotated[str, described("what `kubectl edit` runs on the file (KUBE_EDITOR); default: none")] | None = None
+    status: _ExitStatus = 0
+    within: _RetriedOnce | None = None
+
+
+_NAMED = "`NAMESPACE/NAME` or `NAMESPACE/label=value[,label=value]`"
 
 
 class WaitWire(Wire):
-    """Wait for a condition of one kind of object."""
+    """Wait for a condition: exactly one kind of object, and `for`."""
 
-    for_: Literal["available", "ready", "running", "deleted", "succeeded", "endpoints"] | None = field(name="for")
-    deployment: str | None = None
-    replicaset: str | None = None
-    daemonset: str | None = None
-    pod: str | None = None
-    pods: str | None = None
-    service: str | None = None
-    node: str | None = None
-    job: str | None = None
-    namespace: str | None = None
-    count: Annotated[int, Meta(ge=0, le=100000)] | None = None
-    within: Within = None
+    for_: (
+        Annotated[
+            Literal["available", "ready", "running", "deleted", "succeeded", "endpoints"],
+            described("the condition; which of them a kind can have is said with the kind"),
+        ]
+        | None
+    ) = field(name="for")
+    deployment: Annotated[str, described(f"{_NAMED}: available, ready, deleted")] | None = None
+    replicaset: Annotated[str, described(f"{_NAMED}: available, ready, deleted")] | None = None
+    daemonset: Annotated[str, described(f"{_NAMED}: available, ready, deleted")] | None = None
+    pod: Annotated[str, described(f"{_NAMED}: ready, running, succeeded, deleted")] | None = None
+    pods: Annotated[str, described("the same as pod, for the eye when there are several")] | None = None
+    service: Annotated[str, described(f"{_NAMED}: endpoints (ready ones), deleted")] | None = None
+    node: Annotated[str, described("`NAME` or `label=value`: ready, deleted")] | None = None
+    job: Annotated[str, described(f"{_NAMED}: succeeded, deleted")] | None = None
+    namespace: Annotated[str, described("`NAME`: deleted")] | None = None
+    count: (
+        Annotated[
+            int,
+            described(
+                "exactly so many: objects, or endpoints of a service; default: all there are, and one at least",
+                ge=0,
+                le=100000,
+            ),
+        ]
+        | None
+    ) = None
+    within: Annotated[Duration, described("how long it is waited for", default=f"{DEFAULT_WAIT_S:g}s")] | None = None
 
 
 class AnsweredByWire(Wire):
-    """Which pods answer; one of one, each, same, any."""
+    """Which pods answer: exactly one of any, one, each and same. `answeredBy: PODS` is short for `{any: PODS}`."""
 
-    any: PodsText | None = None
-    one: PodsText | None = None
-    each: PodsText | None = None
-    same: PodsText | None = None
-    spread: Literal["even", "exact"] | None = None
+    any: Annotated[str, described("PODS: every answer comes from one of these")] | None = None
+    one: Annotated[str, described("PODS: exactly one pod is selected, and it gives every answer")] | None = None
+    each: Annotated[str, described("PODS: each of them answers at least once, and nobody else")] | None = None
+    same: Annotated[str, described("PODS: one of them gives every answer (session affinity)")] | None = None
+    spread: (
+        Annotated[
+            Literal["even", "exact"],
+            described(
+                "with each. even: modes that take turns (ipvs, userspace) differ by one at most; modes that pick at random "
+                f"(iptables, nftables) need times of {MIN_RANDOM_SAMPLE} at least, and pass with a chi-square p above 1e-6. "
+                "exact: differ by one at most; not for modes that pick at random. Sampled once, never tried again; default: any"
+            ),
+        ]
+        | None
+    ) = None
 
 
 class SeesWire(Wire):
-    """What the server sees."""
+    """What the server sees, as the echo server tells it."""
 
-    client: Annotated[str, Meta(description="an address, or whose address: a node, an outside host, or a pod")] | None
+    client: Annotated[str, described("the client's address: an address, or WHERE, for that machine's or pod's")] | None
 
 
 class TakesWire(Wire):
-    """How long each answer takes."""
+    """How long every answer takes, from before the name is looked up until its end. One of the two, or both."""
 
-    at_least: Duration | None = None
-    at_most: Duration | None = None
+    at_least: Annotated[Duration, described("not less; default: no bound")] | None = None
+    at_most: Annotated[Duration, described("not more, and less than patience; default: no bound")] | None = None
 
 
 class ExpectWire(Wire):
-    """Send requests and look at the answers."""
+    """Ask, and look at the answers: exactly one of get, tcp, udp, resolve and arp. Without any claim, an answer is enough.
+
+    With `tcp`, nothing to `send` and nothing claimed about the answer, a connection is enough: nothing is sent over it.
+    """
 
     from_: WhereText | None = field(name="from")
-    get: Annotated[str, Meta(description="an http or https URL")] | None = None
-    tcp: Annotated[str, Meta(description="HOST:PORT")] | None = None
-    udp: Annotated[str, Meta(description="HOST:PORT")] | None = None
-    resolve: Annotated[str, Meta(description="a name to ask DNS for, or an address")] | None = None
-    arp: Annotated[str, Meta(description="an address to ask for on the LAN")] | None = None
-    type: Literal["A", "AAAA", "CNAME", "MX", "NS", "PTR", "SOA", "SRV", "TXT"] | None = None
-    answers: Annotated[
-        list[str] | str | None, Meta(description="values of the records, or NAMESPACE/POD or NAMESPACE/label=value")
+    get: Annotated[str, described("an HTTP request: `http://HOST[:PORT]/PATH`, or https")] | None = None
+    tcp: (
+        Annotated[
+            str,
+            described(
+                "`HOST:PORT`; the answer is the first line, or what came until the server closed or patience was over"
+            ),
+        ]
+        | None
+    ) = None
+    udp: Annotated[str, described("`HOST:PORT`; the answer is one datagram")] | None = None
+    resolve: (
+        Annotated[
+            str,
+            described(
+                "a DNS question, with dig and the search list of WHERE's resolv.conf: a name, or an address for its PTR records"
+            ),
+        ]
+        | None
+    ) = None
+    arp: Annotated[str, described("an address of the LAN: who has it? `from` is a node or an outside host")] | None = (
+        None
+    )
+    headers: Annotated[dict[str, str], described("get: HTTP headers to send")] = field(default_factory=dict)
+    send: (
+        Annotated[
+            str,
+            described(
+                "get: a body, which makes it a POST; tcp, udp: text; default: nothing, or `hello` where tcp and udp need it"
+            ),
+        ]
+        | None
+    ) = None
+    times: Annotated[int, described("get, tcp, udp: how many requests, each on a new connection", ge=1, le=100000)] = 1
+    patience: (
+        Annotated[
+            Duration,
+            described(
+                "how long one request may take; arp: how long answers are waited for",
+                default=f"{DEFAULT_PATIENCE_S:g}s",
+            ),
+        ]
+        | None
+    ) = None
+    status: Annotated[int, described("get: the HTTP status of every answer; default: any", ge=100, le=599)] | None = (
+        None
+    )
+    body: Annotated[str, described("get, tcp, udp: a part of every answer; default: any")] | None = None
+    answered_by: Annotated[
+        PodsText | AnsweredByWire | list[str] | None,
+        described(
+            "get, tcp, udp: the pods that answer, as PODS or as below; arp: exactly the nodes and outside hosts that do, told by "
+            "their MACs, `[]` for nobody; default: anybody"
+        ),
     ] = None
-    rcode: Literal["NOERROR", "NXDOMAIN", "SERVFAIL", "REFUSED"] | None = None
-    server: Annotated[IPv4Address | None, Meta(description="the DNS server to ask; default: as resolv.conf says")] = (
-        None
-    )
-    headers: dict[str, str] = field(default_factory=dict)
-    send: str | None = None
-    times: Annotated[int, Meta(ge=1, le=100000)] = 1
-    patience: Annotated[Duration | None, Meta(description="how long one request may take; default 1s")] = None
-    status: Annotated[int, Meta(ge=100, le=599)] | None = None
-    body: str | None = None
-    answered_by: PodsText | AnsweredByWire | Annotated[list[str], Meta(description="arp: nodes and hosts")] | None = (
-        None
-    )
-    sees: SeesWire | None = None
-    takes: TakesWire | None = None
-    refused: bool = False
-    timeout: bool = False
-    within: Within = None
+    sees: Annotated[SeesWire | None, described("get, tcp, udp: what the server sees of the client")] = None
+    takes: Annotated[TakesWire | None, described("get, tcp, udp: how long answers take")] = None
+    refused: Annotated[bool, described("get, tcp, udp: every request is refused")] = False
+    timeout: Annotated[bool, described("get, tcp, udp: no request gets an answer")] = False
+    type: (
+        Annotated[
+            Literal["A", "AAAA", "CNAME", "MX", "NS", "PTR", "SOA", "SRV", "TXT"],
+            described("resolve: the type of the records; default: A, and PTR of an address"),
+        ]
+        | None
+    ) = None
+    answers: (
+        Annotated[
+            list[str] | str,
+            described(
+                "resolve: the values of the records of this type, all of them, in any order, without final dots; SRV also as "
+                "`PORT TARGET`; for A also PODS: the addresses of those that are ready. `[]`: the name is there and has none; "
+                "default: one at least"
+            ),
+        ]
+        | None
+    ) = None
+    rcode: (
+        Annotated[
+            Literal["NOERROR", "NXDOMAIN", "SERVFAIL", "REFUSED"],
+            described("resolve: the answer's code", default="NOERROR"),
+        ]
+        | None
+    ) = None
+    server: (
+        Annotated[
+            IPv4Address,
+            described(
+                "resolve: the server to ask; default: that of resolv.conf, from a node or outside host cluster DNS"
+            ),
+        ]
+        | None
+    ) = None
+    within: _RetriedExpectation | None = None
 
 
 class FaultWire(Wire):
-    """Break or mend something."""
+    """Break or mend something: exactly one of kill, stop, start, link and node."""
 
-    kill: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGKILL")] | None = None
-    stop: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGSTOP")] | None = None
-    start: Annotated[str, Meta(description="NAMESPACE/POD[@NODE]: SIGCONT")] | None = None
-    link: Annotated[str, Meta(description="a node or outside host")] | None = None
-    node: Annotated[str, Meta(description="a node: with down, its power is cut")] | None = None
-    down: bool | None = None
+    kill: (
+        Annotated[
+            str, described("PODS, or `PODS@NODE` for those on a node: SIGKILL to the programs of their containers")
+        ]
+        | None
+    ) = None
+    stop: Annotated[str, described("PODS or `PODS@NODE`: SIGSTOP")] | None = None
+    start: Annotated[str, described("PODS or `PODS@NODE`: SIGCONT")] | None = None
+    link: (
+        Annotated[
+            str, described("a node or outside host, whose LAN link is cut (`down: true`) or restored (`down: false`)")
+        ]
+        | None
+    ) = None
+    node: (
+        Annotated[
+            str,
+            described(
+                "a node. `down: true` cuts its power: its kubelet, its pods and its link stop; with false it boots, and its pods "
+                "start again"
+            ),
+        ]
+        | None
+    ) = None
+    down: Annotated[bool, described("required with link and node, refused otherwise; default: none")] | None = None
 
 
 class DoctorWire(Wire):
-    """Have the doctor look at the lab."""
+    """Have [testbed doctor](doctor.md) look at the lab."""
 
-    names: Annotated[list[str] | None, Meta(description="exactly the causes that are found; [] when all is well")]
-    at: Annotated[list[str], Meta(description="places among the findings, such as node node1")] = field(
+    names: Annotated[list[str] | None, described("exactly the causes that it must find; `[]` when all is well")]
+    at: Annotated[list[str], described("places that must be among the findings, such as `node node1`")] = field(
         default_factory=list
     )
-    within: Within = None
+    within: _RetriedExpectation | None = None
 
 
 class StepWire(Wire):
-    """One step: exactly one kind of action."""
+    """One step: exactly one kind of action, and what may be said of any step."""
 
-    name: Annotated[str | None, Meta(description="shown instead of a text made from the step")] = None
-    modes: Annotated[list[ModeName], Meta(min_length=1, description="proxy modes it runs in")] | None = None
-    row: Annotated[str | None, Meta(description="begins a row of the table that a run ends with")] = None
-    capture: Annotated[
-        list[str] | str | None, Meta(description="POINTs of `testbed capture`: their packets are kept with --report")
+    name: (
+        Annotated[str, described("one line, shown instead of a text made from the step; default: made from the step")]
+        | None
+    ) = None
+    modes: (
+        Annotated[list[ModeName], described("proxy modes it runs in; others skip it; default: all", min_length=1)]
+        | None
+    ) = None
+    row: (
+        Annotated[str, described("begins a row of the table that the report ends with ([below](#rows)); default: none")]
+        | None
+    ) = None
+    capture: (
+        Annotated[
+            list[str] | str,
+            described(
+                "POINTs of [testbed capture](capture.md), a pod also as PODS: their packets are kept with `--report` "
+                "([below](#captures)); default: none"
+            ),
+        ]
+        | None
+    ) = None
+    apply: (
+        Annotated[
+            str | list[str],
+            described(
+                "create or update the objects of these files, which are below the scenario's folder",
+                examples=["web.yaml"],
+            ),
+        ]
+        | None
+    ) = None
+    delete: (
+        Annotated[
+            str | list[str] | dict[str, str],
+            described(
+                "delete the objects of these files, or `{KIND: NAMESPACE/NAME}`, with the kind in lower case",
+                examples=[["web.yaml"], {"deployment": "dev/web", "service": "dev/web"}],
+            ),
+        ]
+        | None
+    ) = None
+    scale: Annotated[
+        ScaleWire | None,
+        described("set a number of replicas", examples=[{"deployment": "dev/web", "replicas": 5, "within": "20s"}]),
     ] = None
-    apply: str | list[str] | None = None
-    delete: str | list[str] | dict[str, str] | None = None
-    scale: ScaleWire | None = None
-    exec: ExecWire | None = None
-    kubectl: KubectlWire | None = None
-    wait: WaitWire | None = None
-    expect: ExpectWire | None = None
-    fault: FaultWire | None = None
-    doctor: DoctorWire | None = None
+    exec: Annotated[
+        ExecWire | None,
+        described(
+            "run a program",
+            examples=[
+                {"in": "node1", "run": "iptables-save -t nat", "prints": "KUBE-SERVICES"},
+                {"in": "dev/client", "run": ["sh", "-c", "cat /etc/resolv.conf | head -1"], "matches": "^search dev"},
+            ],
+        ),
+    ] = None
+    kubectl: Annotated[
+        KubectlWire | None,
+        described(
+            "run kubectl",
+            examples=[
+                {"run": "get service web -n dev -o jsonpath={.spec.clusterIP}", "keep": "address"},
+                {
+                    "run": "get endpoints -n dev",
+                    "table": {"columns": ["NAME", "ENDPOINTS", "AGE"], "rows": [["web", "10.244.*:80*", "*"]]},
+                    "within": "5s",
+                },
+            ],
+        ),
+    ] = None
+    wait: Annotated[
+        WaitWire | None,
+        described(
+            "wait for a condition",
+            examples=[
+                {"deployment": "dev/web", "for": "available", "within": "20s"},
+                {"service": "dev/web", "for": "endpoints", "count": 3},
+            ],
+        ),
+    ] = None
+    expect: Annotated[
+        ExpectWire | None,
+        described(
+            "ask, and look at the answers",
+            examples=[
+                {
+                    "from": "client",
+                    "get": "http://192.168.93.11:30888/",
+                    "times": 300,
+                    "answeredBy": {"each": "dev/app=web", "spread": "even"},
+                },
+                {"from": "dev/client", "tcp": "web:80", "sees": {"client": "dev/client"}},
+                {"from": "client", "get": "http://192.168.93.12:30888/", "timeout": True},
+                {"from": "dev/client", "resolve": "web", "answers": "10.96.1.10"},
+                {
+                    "from": "dev/client",
+                    "resolve": "_sql._tcp.db",
+                    "type": "SRV",
+                    "answers": ["5432 db-0.db.dev.svc.cluster.local"],
+                },
+                {"from": "node1", "resolve": "gone.dev.svc.cluster.local", "rcode": "NXDOMAIN"},
+                {"from": "client", "arp": "192.168.93.231", "answeredBy": ["node2"]},
+                {"from": "client", "arp": "192.168.93.231", "answeredBy": [], "within": "10s"},
+            ],
+        ),
+    ] = None
+    fault: Annotated[
+        FaultWire | None,
+        described(
+            "break or mend something",
+            examples=[
+                {"kill": "kube-system/kube-proxy@node2"},
+                {"link": "node3", "down": True},
+                {"node": "node3", "down": False},
+            ],
+        ),
+    ] = None
+    doctor: Annotated[
+        DoctorWire | None,
+        described(
+            "look at the lab",
+            examples=[{"names": []}, {"names": ["ip-forward-off"], "at": ["node node1"], "within": "10s"}],
+        ),
+    ] = None
 
 
 class SpecWire(Wire):
     """What is done in which cluster."""
 
-    topology: Annotated[str, Meta(description="a file of this folder, or the name of one of ours")] | None
-    steps: Annotated[list[StepWire], Meta(min_length=1)] | None
-    proxy_modes: Annotated[list[ModeName], Meta(min_length=1)] | None = None
+    topology: (
+        Annotated[
+            str,
+            described(
+                "the NAME of a file `NAME.yaml` in the scenario's folder or of one of ours, or a path below the folder"
+            ),
+        ]
+        | None
+    )
+    steps: Annotated[list[StepWire], described("what is done and seen, in order", min_length=1)] | None
+    proxy_modes: (
+        Annotated[
+            list[ModeName],
+            described("each is a run of its own, in a lab of its own; default: the topology's own mode", min_length=1),
+        ]
+        | None
+    ) = None
+    after: (
+        Annotated[
+            str,
+            described(
+                "a folder beside the scenario's own, whose scenario must have run in the same lab: given alone, a scenario "
+                "brings it along; default: none"
+            ),
+        ]
+        | None
+    ) = None
 
 
 class ScenarioWire(Wire):
     """A scenario file."""
 
-    api_version: Literal["testbed/v1"] | None
-    kind: Literal["Scenario"] | None
-    metadata: MetadataWire | None
-    spec: SpecWire | None
+    api_version: Annotated[Literal["testbed/v1"], described("the version of the format")] | None
+    kind: Annotated[Literal["Scenario"], described("what the file is")] | None
+    metadata: Annotated[MetadataWire | None, described("its name")]
+    spec: Annotated[SpecWire | None, described("what is done in which cluster")]
 
 
-KEPT_PATTERN = r"\{\{([a-z][a-z0-9-]*)\}\}"
+KEPT_PATTERN = rf"\{{\{{({_KEPT_NAME})\}}\}}"
 _OF_EACH = frozenset({"pod", "ip", "number"})
 _ACTIONS = ("apply", "delete", "scale", "exec", "kubectl", "wait", "expect", "fault", "doctor")
 _REQUESTS = ("get", "tcp", "udp")
@@ -307,6 +609,8 @@ def load_scenario(path: Path) -> Scenario:
     Raises:
         ManifestError: every problem of the scenario, its topology and its manifests.
     """
+    if path.is_dir() and not (path / SCENARIO_FILE).exists() and (path / BENCHMARK_FILE).exists():
+        raise ManifestError([Problem(str(path), 0, f"holds a benchmark, not a scenario: `testbed bench run {path}`")])
     return load_one(path / SCENARIO_FILE if path.is_dir() else path, "scenario", read_scenario)
 
 
@@ -354,6 +658,7 @@ class _Reader:
             self.modes = (self.topology.proxy_mode,)
         steps = [step for wire in self.spec.steps or () if (step := self._step(wire))]
         self._cross_check(steps)
+        after = self._after(topology_file)
         if metadata is None or metadata.name is None or self.topology is None or topology_file is None:
             return None
         return Scenario(
@@ -364,7 +669,32 @@ class _Reader:
             proxy_modes=self.modes,
             steps=tuple(steps),
             warnings=tuple(p for p in (*self.decoded.problems, *self.problems_elsewhere) if p.warning),
+            after=after,
         )
+
+    def _after(self, topology_file: Path | None) -> Path | None:
+        """Return the folder of the scenario that comes first, if it can share a lab with this one."""
+        name = self.spec.after
+        if name is None:
+            return None
+        here = self.file.resolve().parent
+        folder = here.parent / name
+        if "/" in name or name in (".", "..") or not (folder / SCENARIO_FILE).is_file():
+            self.refuse(self.spec, "after", reason=f"no folder {name!r} with a {SCENARIO_FILE} beside {here.name!r}")
+            return None
+        if not name < here.name:
+            self.refuse(self.spec, "after", reason=f"{name!r} must come before {here.name!r} by name, as in a course")
+            return None
+        try:
+            first = load_scenario(folder)
+        except ManifestError as error:
+            self.problems_elsewhere += error.problems
+            return None
+        if topology_file is not None and first.topology_file.resolve() != topology_file.resolve():
+            self.refuse(self.spec, "after", reason=f"{name!r} is for another topology, {first.topology_file.name}")
+        if others := [mode for mode in self.modes if mode not in first.proxy_modes]:
+            self.refuse(self.spec, "after", reason=f"{name!r} is not for proxy mode {', '.join(others)}")
+        return self.file.parent.parent / name
 
     def _load_topology(self) -> Path | None:
         text = self.spec.topology
@@ -589,9 +919,22 @@ class _Reader:
             within_s=_seconds(wire.within) or 0.0,
             claims=self._output_claims(wire, argv, of_each=_OF_EACH if each else frozenset()),
             each=each,
-            editor=wire.editor or "",
+            editor=self._editor(wire),
             **_titled(about, f"kubectl {shlex.join(argv)}{_claims(wire)}"),
         )
+
+    def _editor(self, wire: KubectlWire) -> str:
+        """Return the words of an editor, quoted: kubectl gives what it cannot split by itself to a shell."""
+        if wire.editor is None:
+            return ""
+        try:
+            words = shlex.split(wire.editor)
+        except ValueError as error:
+            self.refuse(wire, "editor", reason=f"{wire.editor!r} cannot be split into words: {str(error).lower()}")
+            return ""
+        if "\0" in wire.editor or not words:
+            self.refuse(wire, "editor", reason=f"{wire.editor!r} names no program")
+        return shlex.join(words)
 
     def _output_claims(
         self, wire: ExecWire | KubectlWire, argv: Sequence[str], *, of_each: frozenset[str] = frozenset()
@@ -608,6 +951,9 @@ class _Reader:
         if wire.differs is not None and wire.differs not in self._kept:
             self.refuse(wire, "differs", reason=f"{wire.differs!r} is kept by no step before")
         if wire.keep is not None:
+            if not re.fullmatch(_KEPT_NAME, wire.keep):
+                reason = f"{wire.keep!r} is no name for an output: a small letter, then small letters, digits and '-'"
+                self.refuse(wire, "keep", reason=reason)
             self._kept.add(wire.keep)
         table = None
         if wire.table is not None and wire.table.columns is not None and wire.table.rows is not None:

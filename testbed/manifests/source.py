@@ -27,6 +27,10 @@ Lines = tuple[int, "dict[str, Lines] | list[Lines] | None"]
 FieldPath = tuple[str | int, ...]
 T = TypeVar("T")
 
+#: What a folder's own file is called: `testbed run FOLDER`, `testbed bench run FOLDER`.
+SCENARIO_FILE = "scenario.yaml"
+BENCHMARK_FILE = "benchmark.yaml"
+
 MAX_ALIAS_NODES = 100_000  # a few hundred bytes of nested aliases could otherwise fill the memory
 MAX_DEPTH = 100
 

@@ -11,10 +11,10 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, field
+from msgspec import field
 
 from testbed.errors import ManifestError, Problem
-from testbed.manifests.decode import Decoded, Wire, json_schema
+from testbed.manifests.decode import Decoded, Wire, described, json_schema
 from testbed.manifests.kubeproxy import KubeProxyWire
 from testbed.manifests.scalars import (
     BRIDGE_PREFIX,
@@ -47,6 +47,7 @@ from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.topology import (
     DEFAULT_INTERFACE,
     DEFAULT_MAX_PODS,
+    DEFAULT_PROXY_MODE,
     HostSpec,
     LinkSpec,
     Network,
@@ -67,104 +68,220 @@ _LARGEST_SERVICE_CIDR = 12  # kube-apiserver takes no more than 20 bits of addre
 class MetadataWire(Wire):
     """What a document is called."""
 
-    name: Label | None
-    labels: dict[LabelKey, LabelValue] = field(default_factory=dict)
-    annotations: dict[str, str] = field(default_factory=dict)
+    name: Annotated[Label, described("a DNS label")] | None
+    labels: Annotated[dict[LabelKey, LabelValue], described("for your own use")] = field(default_factory=dict)
+    annotations: Annotated[dict[str, str], described("for your own use")] = field(default_factory=dict)
+
+
+_MachineName = Annotated[
+    MachineName,
+    described("a DNS name of at most 63 characters; nodes, hosts and networks share one name space"),
+]
+_OnNetwork = Annotated[str, described("the name of the LAN it is on")]
+_OnAddress = Annotated[
+    IPv4Address, described("in the LAN's cidr, and not its network, broadcast or gateway address; used once")
+]
+_Interface = Annotated[
+    InterfaceName,
+    described(
+        "what its LAN link is called: letters, digits, `_`, `.`, `-`; not a name that nodes use already: lo, cni0, "
+        "kube-ipvs0, kube-dummy0, all, default",
+        default=DEFAULT_INTERFACE,
+    ),
+]
 
 
 class NetworkWire(Wire):
-    """A LAN."""
+    """A LAN: one bridge, `br-NAME`, in the lab's own network namespace."""
 
-    name: NetworkName | None
-    cidr: IPv4Network | None
-    gateway: Annotated[IPv4Address | None, Meta(description="the bridge's address; default: the first of the cidr")] = (
-        None
+    name: (
+        Annotated[
+            NetworkName,
+            described("a DNS label; the kernel takes 15 characters, and the bridge's name has `br-` before it"),
+        ]
+        | None
     )
+    cidr: (
+        Annotated[IPv4Network, described("/30 or larger; must not overlap another LAN, a podCIDR or the serviceCIDR")]
+        | None
+    )
+    gateway: (
+        Annotated[
+            IPv4Address,
+            described(
+                "the bridge's own address: the way to other LANs, and the nodes' default route; default: the first one of cidr"
+            ),
+        ]
+        | None
+    ) = None
 
 
 class TaintWire(Wire):
     """A taint of a node."""
 
-    key: LabelKey | None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None
-    value: LabelValue | None = None
+    key: Annotated[LabelKey, described("as a label's key")] | None
+    effect: (
+        Annotated[
+            Literal["NoSchedule", "PreferNoSchedule", "NoExecute"],
+            described("what it does to pods that do not tolerate it"),
+        ]
+        | None
+    )
+    value: (
+        Annotated[LabelValue, described("what tolerations with `operator: Equal` compare; default: empty")] | None
+    ) = None
 
 
 class NodeWire(Wire):
-    """A machine of the cluster."""
+    """A machine of the cluster: a network, mount and UTS namespace with one link to its LAN."""
 
-    name: MachineName | None
-    network: str | None
-    address: IPv4Address | None
-    interface: InterfaceName | None = None
-    pod_cidr: Annotated[IPv4Network | None, Meta(description="default: the next free /24 of the cluster's")] = field(
-        default=None, name="podCIDR"
+    name: _MachineName | None
+    network: _OnNetwork | None
+    address: _OnAddress | None
+    interface: _Interface | None = None
+    pod_cidr: (
+        Annotated[
+            IPv4Network,
+            described(
+                "the addresses of its pods, inside the cluster's podCIDR; the first one is the bridge cni0's; "
+                f"default: the next free /{NODE_MASK_BITS}"
+            ),
+        ]
+        | None
+    ) = field(default=None, name="podCIDR")
+    max_pods: (
+        Annotated[
+            int,
+            described(
+                "how many pods the node says it takes, which is the scheduler's limit", default=DEFAULT_MAX_PODS, ge=1
+            ),
+        ]
+        | None
+    ) = None
+    labels: Annotated[dict[LabelKey, LabelValue], described("of the Node object, besides the usual ones")] = field(
+        default_factory=dict
     )
-    max_pods: Annotated[int, Meta(ge=1, description="how many pods it takes; default 110")] | None = None
-    labels: dict[LabelKey, LabelValue] = field(default_factory=dict)
-    taints: list[TaintWire] = field(default_factory=list)
+    taints: Annotated[list[TaintWire], described("of the Node object")] = field(default_factory=list)
 
 
 class HostWire(Wire):
-    """A machine outside the cluster."""
+    """A machine outside the cluster: a client, a server, a router's neighbour."""
 
-    name: MachineName | None
-    network: str | None
-    address: IPv4Address | None
-    interface: InterfaceName | None = None
-    gateway: Annotated[IPv4Address | None, Meta(description="default route; default: the network's gateway")] = None
-    names: Annotated[list[Domain], Meta(description="names that outsideDNS gives for its address")] = field(
-        default_factory=list
-    )
+    name: _MachineName | None
+    network: _OnNetwork | None
+    address: _OnAddress | None
+    interface: _Interface | None = None
+    gateway: (
+        Annotated[IPv4Address, described("its default route, an address of its LAN; default: the network's gateway")]
+        | None
+    ) = None
+    names: Annotated[
+        list[Domain],
+        described("DNS names that outsideDNS gives for its address besides its own; not in `cluster.domain`"),
+    ] = field(default_factory=list)
 
 
 class LinkWire(Wire):
-    """The quality of one machine's link."""
+    """The quality of the link between a machine and its LAN, at both ends. A link that is not listed is as fast as it goes.
+
+    Delay and loss need the kernel's netem (sch_netem), unless they are 0. `testbed validate` looks at files only; on a
+    kernel without it, `up` refuses them, and `run` uses the nested kernel or skips the scenario.
+    """
 
     between: (
-        Annotated[list[str], Meta(min_length=2, max_length=2, description="a node or host, and its network")] | None
+        Annotated[
+            list[str],
+            described("a node or host, and its network", min_length=2, max_length=2, examples=[["client", "lan"]]),
+        ]
+        | None
     )
-    rate: Rate | None = None
-    delay: Delay | None = None
-    loss: Percent | None = None
+    rate: (
+        Annotated[Rate, described("bits a second that it lets through, as tc spells them; default: no limit")] | None
+    ) = None
+    delay: Annotated[Delay, described("added to each packet, in each direction; default: none")] | None = None
+    loss: Annotated[Percent, described("of the packets of each direction; default: none")] | None = None
 
 
 class ClusterWire(Wire):
-    """Cluster-wide settings."""
+    """Cluster-wide settings: what a real cluster gives its API server, controllers and kubelets as flags."""
 
-    pod_cidr: IPv4Network | None = field(default=None, name="podCIDR")
-    service_cidr: IPv4Network | None = field(default=None, name="serviceCIDR")
-    node_port_range: PortRange | None = None
-    domain: Domain | None = None
-    dns: Annotated[
-        DnsAddress | None, Meta(description="default: the tenth address of the serviceCIDR; none: no DNS")
-    ] = None
+    pod_cidr: (
+        Annotated[IPv4Network, described("the range that nodes get their podCIDR from", default=str(DEFAULT_POD_CIDR))]
+        | None
+    ) = field(default=None, name="podCIDR")
+    service_cidr: (
+        Annotated[
+            IPv4Network,
+            described(
+                f"the range of ClusterIPs, /{_LARGEST_SERVICE_CIDR} to /{_SMALLEST_NETWORK}; its first address is the Service "
+                "`kubernetes`",
+                default=str(DEFAULT_SERVICE_CIDR),
+            ),
+        ]
+        | None
+    ) = field(default=None, name="serviceCIDR")
+    node_port_range: (
+        Annotated[
+            PortRange,
+            described("first and last port that a nodePort may be", default="{}-{}".format(*DEFAULT_NODE_PORT_RANGE)),
+        ]
+        | None
+    ) = None
+    domain: Annotated[Domain, described("the zone of cluster DNS", default=DEFAULT_DOMAIN)] | None = None
+    dns: (
+        Annotated[
+            DnsAddress,
+            described(
+                "the ClusterIP of cluster DNS; `none`: the cluster has no DNS; default: the tenth address of serviceCIDR"
+            ),
+        ]
+        | None
+    ) = None
     node_monitor_grace_period: (
-        Annotated[Duration, Meta(description="how long a node may be silent before it is NotReady; default 40s")] | None
+        Annotated[
+            Duration,
+            described(
+                f"how long a node may be silent before it is NotReady, {_SHORTEST_GRACE_S:g}s at least; also the duration of its "
+                "Lease",
+                default=f"{DEFAULT_NODE_MONITOR_GRACE_S:g}s",
+            ),
+        ]
+        | None
     ) = None
 
 
 class SpecWire(Wire):
     """What a lab is made from."""
 
-    networks: Annotated[list[NetworkWire], Meta(min_length=1)] | None
-    nodes: Annotated[list[NodeWire], Meta(min_length=1)] | None
-    hosts: list[HostWire] = field(default_factory=list)
-    links: list[LinkWire] = field(default_factory=list)
-    cluster: ClusterWire | None = None
-    outside_dns: Annotated[str | None, Meta(description="the host that serves the hosts' names")] = field(
-        default=None, name="outsideDNS"
+    networks: Annotated[list[NetworkWire], described("the LANs", min_length=1)] | None
+    nodes: Annotated[list[NodeWire], described("the machines of the cluster", min_length=1)] | None
+    hosts: Annotated[list[HostWire], described("machines outside the cluster")] = field(default_factory=list)
+    links: Annotated[list[LinkWire], described("links that are worse than perfect, one entry for each machine")] = (
+        field(default_factory=list)
     )
-    kube_proxy: KubeProxyWire | None = None
+    cluster: Annotated[ClusterWire | None, described("address ranges and names; default: as below")] = None
+    outside_dns: (
+        Annotated[
+            str,
+            described(
+                "the outside host that is the DNS server of the world: it knows all machines by name, and the hosts' `names`. "
+                "Every machine's resolv.conf names it, and cluster DNS forwards to it; default: nobody"
+            ),
+        ]
+        | None
+    ) = field(default=None, name="outsideDNS")
+    kube_proxy: Annotated[
+        KubeProxyWire | None, described(f"how kube-proxy runs on every node; default: mode {DEFAULT_PROXY_MODE}")
+    ] = None
 
 
 class TopologyWire(Wire):
     """A topology file."""
 
-    api_version: Literal["testbed/v1"] | None
-    kind: Literal["Topology"] | None
-    metadata: MetadataWire | None
-    spec: SpecWire | None
+    api_version: Annotated[Literal["testbed/v1"], described("the version of the format")] | None
+    kind: Annotated[Literal["Topology"], described("what the file is")] | None
+    metadata: Annotated[MetadataWire | None, described("its name")]
+    spec: Annotated[SpecWire | None, described("what a lab is made from")]
 
 
 def topology_schema() -> dict[str, Any]:

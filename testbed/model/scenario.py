@@ -335,7 +335,7 @@ Step = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A checked scenario file."""
+    """A checked scenario file. ``after``: the folder of the one whose lab it goes on in."""
 
     name: str
     file: Path
@@ -344,6 +344,7 @@ class Scenario:
     proxy_modes: tuple[str, ...]  # at least one: the topology's own when the file names none
     steps: tuple[Step, ...]
     warnings: tuple[Problem, ...] = ()
+    after: Path | None = None
 
     def steps_for(self, mode: str) -> tuple[Step, ...]:
         """Return the steps that run in a proxy mode, in order."""

@@ -46,6 +46,8 @@ class Leadership:
         self.is_leader = threading.Event()
         self._seen: tuple[str, float] = ("", 0.0)  # of the other's lease: its renewTime, and when we saw it first
         self._renewed_s = 0.0
+        self._released = False
+        self._lock = threading.Lock()  # of the lease: a renewal must not take it again while it is given back
 
     def start(self) -> None:
         """Try to lead, for ever, from a thread of its own."""
@@ -58,6 +60,11 @@ class Leadership:
 
     def try_once(self, now_s: float) -> None:
         """Take or renew the lease if that is possible."""
+        with self._lock:
+            if not self._released:
+                self._try(now_s)
+
+    def _try(self, now_s: float) -> None:
         try:
             leads = self._take(now_s)
         except (TestbedError, OSError) as error:
@@ -113,9 +120,13 @@ class Leadership:
         }
 
     def release(self) -> None:
-        """Give the lease back, so that the next one need not wait for its end."""
-        if not self.is_leader.is_set():
-            return
+        """Give the lease back, so that the next one need not wait for its end, and leave it to others from now on."""
+        with self._lock:
+            self._released = True
+            if self.is_leader.is_set():
+                self._give_back()
+
+    def _give_back(self) -> None:
         try:
             lease = self._api.get(LEASES, self._namespace, self._name)
             if (lease.get("spec") or {}).get("holderIdentity") == self._identity:

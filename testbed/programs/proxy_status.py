@@ -120,24 +120,30 @@ class ProxyMetrics:
         with self._lock:
             self._histograms.setdefault(name, Histogram(_BUCKETS_OF.get(name, _BUCKETS_S))).observe(value_s)
 
-    def count(self, name: str, by: float = 1, **labels: str) -> None:
+    def count(self, name: str, /, by: float = 1, **labels: str) -> None:
         with self._lock:
             self._kinds[name] = "counter"
             series = self._values.setdefault(name, {})
             key = _labels(labels)
             series[key] = series.get(key, 0) + by
 
-    def set(self, name: str, value: float, **labels: str) -> None:
+    def set(self, name: str, value: float, /, **labels: str) -> None:
         with self._lock:
             self._kinds[name] = "gauge"
             self._values.setdefault(name, {})[_labels(labels)] = value
 
-    def drop(self, name: str, **labels: str) -> None:
+    def replace(self, name: str, series: Iterable[tuple[Mapping[str, str], float]]) -> None:
+        """Make these, of labels and value, the only series of a gauge."""
+        with self._lock:
+            self._kinds[name] = "gauge"
+            self._values[name] = {_labels(labels): value for labels, value in series}
+
+    def drop(self, name: str, /, **labels: str) -> None:
         """Forget a series: what it counted is no longer there."""
         with self._lock:
             self._values.get(name, {}).pop(_labels(labels), None)
 
-    def value(self, name: str, **labels: str) -> float:
+    def value(self, name: str, /, **labels: str) -> float:
         with self._lock:
             return self._values.get(name, {}).get(_labels(labels), 0)
 

@@ -27,29 +27,19 @@ def nested_arguments(
     packets: Path | None = None,
     one_lab: bool = False,
 ) -> list[str]:
-    """Return the arguments of the `testbed` inside, which narrates as this one does and prints no report."""
+    """Return the arguments of a `testbed` that runs them as this one does, without where its results go."""
     backend = ["--iptables-backend", iptables_backend] if iptables_backend else []
     output = ["-o", "json"] if to_stderr else []
     together = ["--one-lab"] if one_lab else []
     kept = ["--packets", str(packets.resolve())] if packets is not None else []
     shown = [str(path) if not str(path).startswith("-") else f"./{path}" for path in paths]
-    return [
-        "run",
-        *shown,
-        "--proxy-mode",
-        mode,
-        "--no-vm",
-        "--results-fd",
-        str(wire.ANSWER_FD),
-        *kept,
-        *backend,
-        *output,
-        *together,
-    ]
+    return ["run", *shown, "--proxy-mode", mode, *kept, *backend, *output, *together]
 
 
 def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Results, int]:
     """Run `testbed` with these arguments in the nested kernel; return the results, and the status it ended with.
+
+    It narrates as this one does, and prints no report.
 
     Args:
         shared: a folder that it may write to.
@@ -59,14 +49,24 @@ def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Re
         LabError: it ended without results; what is wrong has been said.
         KeyboardInterrupt: it was interrupted.
     """
-    ended = run_testbed(arguments, shared)
-    if ended.status == INTERRUPTED:
+    ended = run_testbed([*arguments, "--no-vm", "--results-fd", str(wire.ANSWER_FD)], shared)
+    return read_results(ended.answer, ended.status), ended.status
+
+
+def read_results(answer: bytes, status: int) -> Results:
+    """Return what `send_results` has written, of a process that ended with this status.
+
+    Raises:
+        LabError: it ended before it had written them.
+        KeyboardInterrupt: it was interrupted.
+    """
+    if status == INTERRUPTED:
         raise KeyboardInterrupt
     try:
-        results: Results = pickle.loads(ended.answer)  # noqa: S301  # written by our own program
-    except (EOFError, pickle.UnpicklingError) as error:  # it ended before it had written them
-        raise LabError(f"the testbed in the nested kernel ended with status {ended.status} and no results") from error
-    return results, ended.status
+        results: Results = pickle.loads(answer)  # noqa: S301  # written by our own program
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise LabError(f"the testbed in the nested kernel ended with status {status} and no results") from error
+    return results
 
 
 def send_results(fd: int, results: Results) -> None:

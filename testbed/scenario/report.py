@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import InputError
+from testbed.kernel.files import write_whole
 from testbed.scenario.runner import ScenarioResult, Status, StepResult
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -245,8 +246,8 @@ def write_reports(
 ) -> None:  # fmt: skip
     """Write scenario.json, junit.xml and observations.json (every single answer) into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scenario.json").write_text(json_report(results, skipped) + "\n", encoding="utf-8")
-    (folder / "junit.xml").write_text(junit_report(results, skipped) + "\n", encoding="utf-8")
+    write_whole(folder / "scenario.json", json_report(results, skipped) + "\n")
+    write_whole(folder / "junit.xml", junit_report(results, skipped) + "\n")
     observations = [
         {
             "scenario": result.scenario.name,
@@ -258,4 +259,4 @@ def write_reports(
         for step in result.steps
         if step.observations
     ]
-    (folder / "observations.json").write_text(json.dumps(observations, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "observations.json", json.dumps(observations, indent=1) + "\n")

@@ -15,7 +15,7 @@ from testbed.errors import NotPresent
 from testbed.kernel import linux, sysctl
 from testbed.kernel.iptables import choose_iptables
 from testbed.kernel.netns import inside_network
-from testbed.kernel.rootfs import write_upper
+from testbed.kernel.rootfs import overlay_options, write_upper
 from testbed.kernel.rtnetlink import LOOPBACK_INDEX, RtnetlinkSocket, add_address, set_link
 from testbed.underlay.holder import Holder, hold_namespaces, new_namespaces
 from testbed.underlay.stock import Host, Intf
@@ -160,7 +160,7 @@ class OutsideHost(LabHost):
             os.makedirs(f"{folder}/etc/{part}")
         write_upper(f"{folder}/etc/upper", {"hostname": f"{self.name}\n", **self.params["etc_files"]})
         # An overlay, because resolv.conf may be a dangling link, over which nothing can be mounted.
-        layers = f"lowerdir=/etc,upperdir={folder}/etc/upper,workdir={folder}/etc/work"
+        layers = overlay_options("/etc", f"{folder}/etc/upper", f"{folder}/etc/work")
         linux.mount("overlay", "/etc", "overlay", 0, layers)
         linux.mount("sysfs", "/sys", "sysfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
         lab = linux.open_tree(lab_folder)

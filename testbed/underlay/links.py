@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 from ipaddress import IPv4Interface
 from typing import Any
@@ -11,6 +12,7 @@ from testbed.errors import KernelError, MissingFeature
 from testbed.kernel.modules import WITHOUT_NETEM, is_unknown_qdisc
 from testbed.kernel.netlink import Request
 from testbed.kernel.rtnetlink import RtnetlinkSocket, add_address, add_bridge, add_veth, mac_of, set_link
+from testbed.kernel.runner import not_installed
 from testbed.model.topology import LinkSpec
 from testbed.underlay.hosts import NetlinkIntf
 from testbed.underlay.stock import Link, Switch
@@ -91,10 +93,12 @@ def shape(host: Any, interface: str, link: LinkSpec) -> None:
     """Limit the rate, delay or thin out what leaves an interface.
 
     Raises:
-        MissingFeature: delay or loss on a kernel without netem.
+        MissingFeature: tc is not installed, or the kernel has no netem for delay and loss.
         KernelError: tc refused.
     """
     where = f"{host.name}: link {link.between[0]}-{link.between[1]}"
+    if shutil.which("tc") is None:
+        raise not_installed("tc")
     parent = ["root", "handle", "1:"]
     if link.delay_ms or link.loss_percent:
         netem = ["netem"]

@@ -113,6 +113,15 @@ def test_first_answers_and_syncs(tmp_path: Path) -> None:
         assert {one for one in main_figures(found) if one[0] == mode} == wanted
 
 
+@pytest.mark.slow
+def test_ingress(tmp_path: Path) -> None:
+    """Through a NodePort of ingress-nginx, whose pod is on the node that is asked."""
+    found = small(
+        tmp_path, "  proxyModes: [iptables]\n  measure:\n    - connections: {paths: [ingress], keepAlive: true}\n"
+    )
+    assert main_figures(found) == {("iptables", "keep-alive", "direct", ""), ("iptables", "keep-alive", "ingress", "")}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_in_the_middle(tmp_path: Path, eventually: Callable[..., object], number: int) -> None:
     """Ctrl-C, or a polite end: what was measured is kept and marked; no lab is left."""
@@ -120,7 +129,7 @@ def test_interrupted_in_the_middle(tmp_path: Path, eventually: Callable[..., obj
     eventually(lambda: two_rounds(tmp_path), within_s=60)
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
-    assert running.returncode == 130, err + out
+    assert running.returncode == 130, err
     found = read_results(tmp_path)
     assert not found.complete and found.reason.startswith("interrupted after ")
     assert len(found.series[0].samples) >= 2 and f"INCOMPLETE: {found.reason}" in out

@@ -19,6 +19,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -27,9 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import other_servers
 import pytest
 import yaml
-from ingress_objects import Object, config_map, ingress, key_pair, meta, secret, tls_secret
+from ingress_objects import Object, client_pair, config_map, ingress, key_pair, meta, secret, tls_secret
 from ingress_objects import Path as Rule
 
 from testbed.errors import ApiError
@@ -44,6 +46,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 NODE, PORT, TLS_PORT = "192.168.93.11", 30080, 30443
+CLIENT = "192.168.93.100"
+NGINX = shutil.which("nginx") or ""
 INGRESSES = "ingresses.networking.k8s.io"
 BACKENDS = ("a", "b", "c")
 USER = "ann:{SHA}" + base64.b64encode(hashlib.sha1(b"secret").digest()).decode()
@@ -71,13 +75,19 @@ class Answer:
 def ask(
     host: str, path: str = "/", *, tls: bool = False, method: str = "GET", headers: Mapping[str, str] | None = None,
     body: bytes | None = None, address: str = NODE, port: int = 0, authority: str = "",
+    shows: tuple[bytes, bytes] | None = None,
 ) -> Answer:  # fmt: skip
-    """Send one request; runs in a child inside the client's namespaces."""
+    """Send one request; runs in a child inside the client's namespaces. ``shows``: the client's certificate and key."""
     with socket.create_connection((address, port or (TLS_PORT if tls else PORT)), timeout=10) as plain:
         made: socket.socket = plain
         certificate = ""
         if tls:
             context = ssl.create_default_context(cadata=authority) if authority else ssl._create_unverified_context()
+            if shows:
+                with tempfile.NamedTemporaryFile() as file:
+                    file.write(shows[0] + shows[1])
+                    file.flush()
+                    context.load_cert_chain(file.name)
             secured = context.wrap_socket(plain, server_hostname=host.partition(":")[0])
             certificate, made = certificate_names(secured), secured
         connection = http.client.HTTPConnection(host)
@@ -120,9 +130,11 @@ class World:
     def all(self, requests: list[tuple[str, str, dict[str, Any]]]) -> list[Answer]:
         return self.lab.call("client", _ask_all, requests, timeout_s=60)
 
-    def controller_port(self, path: str) -> str:
-        """Return what the controller's own port says."""
-        address = next(pod["status"]["podIP"] for pod in self.controllers() if ready(pod))
+    def controller_port(self, path: str, name: str = "") -> str:
+        """Return what the controller's own port says; ``name``: of which pod."""
+        address = next(
+            pod["status"]["podIP"] for pod in self.controllers() if ready(pod) and name in ("", pod["metadata"]["name"])
+        )
         options = {"address": address, "port": 10254}
         return self.lab.call("node1", _ask_all, [("x", path, options)], timeout_s=20)[0].body
 
@@ -203,6 +215,21 @@ def rules(**hosts: list[Rule]) -> dict[str, list[Rule]]:
     return {host.replace("__", "-").replace("_", "."): paths for host, paths in hosts.items()}
 
 
+def outside() -> list[Object]:
+    """Return a Service without a selector for what `other_servers` serves at the client, and its endpoints."""
+    numbers = {
+        "fcgi": other_servers.FCGI, "grpc": other_servers.GRPC, "grpcs": other_servers.GRPCS, "https": other_servers.HTTPS,
+        "upgrade": other_servers.UPGRADE,
+    }  # fmt: skip
+    ports = [{"name": name, "port": number, "protocol": "TCP"} for name, number in numbers.items()]
+    slice_meta = meta("outside-1", labels={"kubernetes.io/service-name": "outside"})
+    return [
+        {"apiVersion": "v1", "kind": "Service", "metadata": meta("outside"), "spec": {"ports": ports}},
+        {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": slice_meta, "addressType": "IPv4",
+         "ports": ports, "endpoints": [{"addresses": [CLIENT]}]},
+    ]  # fmt: skip
+
+
 EVERYTHING: list[Rule] = [("/", "Prefix", "a")]
 OBJECTS: list[Object] = [
     tls_secret("foo-tls", "foo.bar.com"),
@@ -250,8 +277,8 @@ OBJECTS: list[Object] = [
     ingress("many", {"many.com": [("/", "Prefix", "many")]}, {"proxy-connect-timeout": "1"}),
     ingress("limits", {"limits.com": EVERYTHING}, {"limit-rps": "1"}),
     ingress("body", {"body.com": EVERYTHING}, {"proxy-body-size": "1k"}),
-    ingress("allow", {"allow.com": EVERYTHING}, {"allowlist-source-range": "192.0.2.0/24"}),
-    ingress("deny", {"deny.com": EVERYTHING}, {"denylist-source-range": "192.168.0.0/16"}),
+    *(ingress(name, {f"{name}.com": EVERYTHING}, {f"{name.split('-')[0]}list-source-range": networks}) for name, networks in {
+        "allow-others": "192.0.2.0/24", "allow-all": "192.0.2.0/24,0.0.0.0/0", "deny-others": "192.0.2.0/24", "deny-all": "0.0.0.0/0"}.items()),
     ingress("basic", {"basic.com": EVERYTHING}, {"auth-type": "basic", "auth-secret": "users"}),
     ingress("closed", {"closed.com": EVERYTHING}, {"auth-type": "basic", "auth-secret": "none"}),
     ingress("outside-ok", {"auth-ok.com": EVERYTHING}, {"auth-url": "http://b.dev.svc.cluster.local/status/200", "auth-response-headers": "X-Served-By"}),
@@ -262,7 +289,18 @@ OBJECTS: list[Object] = [
     ingress("www", {"site.com": EVERYTHING}, {"from-to-www-redirect": "true", "server-alias": "alias.com"}),
     ingress("vhost", {"vhost.com": EVERYTHING}, {"upstream-vhost": "inner.example"}),
     ingress("errors", {"errors.com": EVERYTHING}, {"custom-http-errors": "404", "default-backend": "b"}),
-    ingress("mirrored", {"mirror.com": EVERYTHING}, {"mirror-target": "http://c.dev.svc.cluster.local/mirrored"}),
+    ingress("mirrored", {"mirror.com": EVERYTHING}, {
+        "mirror-target": f"http://{CLIENT}:{other_servers.RECORDER}/copy$request_uri", "mirror-host": "copies.example"}),
+    ingress("mirrored-to-nobody", {"lost.com": EVERYTHING}, {"mirror-target": f"http://{CLIENT}:9/"}),
+    *outside(),
+    *(ingress(name, {f"{name}.com": [("/", "Prefix", f"outside:{name}")]}, {"backend-protocol": name.upper()})
+      for name in ("fcgi", "grpc", "grpcs", "https")),
+    ingress("upgrade", {"upgrade.com": [("/", "Prefix", "outside:upgrade")]}),
+    secret("clients", {"ca.crt": client_pair("ann")[0]}),
+    *(ingress(name, {f"{name}.com": EVERYTHING}, {"auth-tls-secret": "dev/clients", **said}, tls=[{"hosts": [f"{name}.com"]}])
+      for name, said in {
+          "certified": {"auth-tls-pass-certificate-to-upstream": "true"}, "perhaps": {"auth-tls-verify-client": "optional"},
+          "only-ann": {"auth-tls-match-cn": "CN=ann"}, "no-authority": {"auth-tls-secret": "dev/none"}}.items()),
     ingress("theirs", {"theirs.com": EVERYTHING}, ingress_class="traefik"),
     ingress("nobodys", {"nobodys.com": EVERYTHING}, ingress_class=None),
 ]  # fmt: skip
@@ -457,6 +495,47 @@ def test_spread_and_hash(world: World) -> None:
     assert all(len(pods) == 1 for pods in keys.values()) and len(set.union(*keys.values())) > 1
 
 
+def test_ten_pods_and_a_cookie_of_one_that_goes(world: World) -> None:
+    """Conformance: of 100 requests each of ten pods has some. Whoever's pod has gone is sent to another, and stays there."""
+    world.lab.api.scale("deployments.apps", "dev", "many", 10)
+    try:
+        world.until(lambda: len({one.said.get("pod") for one in world.all([("many.com", "/", {})] * 40)}) == 10)
+        answers = world.all([("many.com", "/", {})] * 100)
+        assert {one.status for one in answers} == {200} and len({one.said["pod"] for one in answers}) == 10
+        first = world.ask("sticky.com")
+        held = {"Cookie": first.headers["set-cookie"].split(";")[0]}
+        world.lab.api.delete("pods", "dev", first.said["pod"])
+        # A backup answers at once; with the endpoint gone from the configuration the cookie is nobody's: there is a new one.
+        second = world.until(lambda: "set-cookie" in (one := world.ask("sticky.com", headers=held)).headers and one)
+        assert second.status == 200 and second.said["pod"] != first.said["pod"]
+        held = {"Cookie": second.headers["set-cookie"].split(";")[0]}
+        again = world.all([("sticky.com", "/", {"headers": held})] * 10)
+        assert {one.said["pod"] for one in again} == {second.said["pod"]}
+    finally:
+        world.lab.api.scale("deployments.apps", "dev", "many", 3)
+    world.until(lambda: len(pods_of(world, "many")) == 3)
+    world.settle()
+
+
+def test_who_refuses_is_passed_over(world: World) -> None:
+    """An endpoint that nobody listens at costs no request, not even one with a body; the log names both."""
+    address = pods_of(world, "a")[0]["status"]["podIP"]
+    for port in (8080, 1):
+        world.apply({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": meta(f"half-{port}", labels={"kubernetes.io/service-name": "half"}),
+            "ports": [{"name": "http", "port": port, "protocol": "TCP"}], "endpoints": [{"addresses": [address]}],
+        })  # fmt: skip
+    world.apply(
+        {"apiVersion": "v1", "kind": "Service", "metadata": meta("half"), "spec": {"ports": [{"name": "http", "port": 80}]}},
+        ingress("half", {"half.com": [("/", "Prefix", "half")]}),
+    )  # fmt: skip
+    world.until(lambda: world.serves("half.com"))
+    posts = [("half.com", "/half", {"method": "POST", "body": b"x"})] * 12
+    assert {one.status for one in world.all([("half.com", "/half", {})] * 12 + posts)} == {200}
+    world.until(lambda: f"{address}:1, {address}:8080" in world.log(), within_s=10)
+
+
 # --- limits and guards -------------------------------------------------------------------------------------------------
 
 
@@ -464,7 +543,10 @@ def test_guards(world: World) -> None:
     """Body size, addresses, passwords, somebody else's word, origins."""
     assert world.ask("body.com", method="POST", body=b"x" * 2000).status == 413
     assert world.ask("body.com", method="POST", body=b"x" * 1000).status == 200
-    assert world.ask("allow.com").status == 403 and world.ask("deny.com").status in (200, 403)
+    statuses = {
+        name: world.ask(f"{name}.com").status for name in ("allow-others", "allow-all", "deny-others", "deny-all")
+    }
+    assert statuses == {"allow-others": 403, "allow-all": 200, "deny-others": 200, "deny-all": 403}
     assert world.ask("basic.com").status == 401
     token = base64.b64encode(b"ann:secret").decode()
     assert world.ask("basic.com", headers={"Authorization": f"Basic {token}"}).status == 200
@@ -506,6 +588,148 @@ def test_error_pages_keep_the_status(world: World) -> None:
     )
 
 
+def test_client_certificates(world: World) -> None:
+    """Asked for once a host; shown ones must be signed by the Secret's authority, and are told to the backend."""
+
+    def status(host: str, *common_name: str) -> int:
+        shows = client_pair(*common_name)[1:] if common_name else None
+        return world.ask(host, tls=True, shows=shows).status  # type: ignore[arg-type]
+
+    assert status("certified.com") == 400
+    assert status("certified.com", "ann", "strangers") == 400  # signed by another authority
+    answer = world.ask("certified.com", tls=True, shows=client_pair("ann")[1:])  # type: ignore[arg-type]
+    assert (answer.status, answer.pod) == (200, "a")
+    assert (answer.seen["ssl-client-verify"], answer.seen["ssl-client-subject-dn"]) == ("SUCCESS", "CN=ann")
+    assert answer.seen["ssl-client-cert"].startswith("-----BEGIN%20CERTIFICATE-----")
+    assert world.ask("perhaps.com", tls=True).seen["ssl-client-verify"] == "NONE"
+    assert "ssl-client-cert" not in world.ask("perhaps.com", tls=True, shows=client_pair("ann")[1:]).seen  # type: ignore[arg-type]
+    assert (status("only-ann.com", "ann"), status("only-ann.com", "bob")) == (200, 403)
+    assert status("no-authority.com", "ann") == 403  # its Secret is not there: nobody is let in
+    # Who wants in under another name than that of the handshake does not get past (nginx: 421).
+    sneaky = world.ask("root.com", tls=True, headers={"Host": "certified.com"})
+    assert sneaky.status in (400, 421), sneaky.status
+
+
+# --- what is not HTTP behind it, and copies ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def others(world: World) -> Iterator[None]:
+    """Servers of other protocols run at the client."""
+    _, certificate, key = key_pair("grpc.example")
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            world.lab.call("client", other_servers.serve, certificate, key, timeout_s=120)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    world.until(lambda: world.ask("fcgi.com").status == 201 or failures)
+    yield
+    world.lab.call("client", other_servers.stop, timeout_s=10)
+    thread.join()
+    assert not failures, failures
+
+
+@pytest.mark.usefixtures("others")
+def test_fastcgi(world: World) -> None:
+    """backend-protocol FCGI: the request comes as a FastCGI record, and the answer's Status is the status."""
+    answer = world.ask("fcgi.com", "/x?y=1", method="POST", body=b"hello", headers={"Content-Type": "text/plain"})
+    assert (answer.status, answer.pod, answer.said["body"]) == (201, "fastcgi", "hello")
+    told = answer.said["parameters"]
+    assert (told["REQUEST_METHOD"], told["REQUEST_URI"], told["QUERY_STRING"]) == ("POST", "/x?y=1", "y=1")
+    assert (told["CONTENT_LENGTH"], told["HTTP_HOST"]) == ("5", "fcgi.com")
+
+
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize("name", ["grpc", "grpcs"])
+def test_grpc(world: World, name: str) -> None:
+    """backend-protocol GRPC and GRPCS: the backend is spoken to in HTTP/2, with TLS or without."""
+    answer = world.ask(f"{name}.com", "/pkg.Service/Do", method="POST", body=b"hello")
+    assert (answer.status, answer.pod, answer.said["tls"], answer.said["body"]) == (
+        200,
+        "grpc",
+        name == "grpcs",
+        "hello",
+    )
+    told = answer.said["headers"]
+    # nginx says Host as it was told to (grpc_set_header), and then no :authority; RFC 9113, 8.3.1 allows that
+    assert (told[":method"], told[":path"], told["host"]) == ("POST", "/pkg.Service/Do", f"{name}.com")
+    assert told["x-forwarded-host"] == f"{name}.com" and answer.headers["content-type"] == "application/grpc"
+
+
+@pytest.mark.usefixtures("others")
+def test_https_to_the_backend(world: World) -> None:
+    """backend-protocol HTTPS: plain from the client to nginx, TLS from there; the backend's certificate may be anybody's."""
+    answer = world.ask("https.com")
+    assert (answer.status, answer.pod) == (200, "https") and answer.said["version"] in ("TLSv1.2", "TLSv1.3")
+
+
+def _talk_across(words: list[str], seconds: float) -> list[str]:
+    """Change the protocol through the controller, and return what comes back of each word, said with pauses between them."""
+    found = []
+    with socket.create_connection((NODE, PORT), timeout=20) as made:
+        made.sendall(b"GET / HTTP/1.1\r\nHost: upgrade.com\r\nUpgrade: echo\r\nConnection: Upgrade\r\n\r\n")
+        found.append(made.recv(65536).decode().split("\r\n")[0])
+        for word in words:
+            made.sendall(word.encode())
+            found.append(made.recv(65536).decode())
+            time.sleep(seconds / len(words))
+    return found
+
+
+@pytest.mark.usefixtures("others")
+def test_a_changed_protocol_outlives_reloads(world: World) -> None:
+    """As for WebSocket: Upgrade is passed on, and the connection stays while its worker drains."""
+    assert world.ask("upgrade.com").status == 426
+    heard: list[list[str]] = []
+    words = [f"word-{number}" for number in range(20)]
+    thread = threading.Thread(
+        target=lambda: heard.append(world.lab.call("client", _talk_across, words, 4.0, timeout_s=60))
+    )
+    thread.start()
+    world.settle()  # two reloads at least
+    thread.join()
+    assert heard == [["HTTP/1.1 101 Switching Protocols", *words]]
+
+
+@pytest.mark.usefixtures("others")
+def test_mirror(world: World) -> None:
+    """A copy goes to somebody else, who has no say: the answer is the backend's, also when nobody takes the copy."""
+    answer = world.ask("mirror.com", "/p?q=1", method="POST", body=b"twice")
+    assert (answer.status, answer.pod) == (200, "a")
+    copy = {"method": "POST", "path": "/copy/p?q=1", "host": "copies.example", "body": "twice"}
+    world.until(lambda: copy in world.lab.call("client", other_servers.recorded, timeout_s=10), within_s=10)
+    assert world.ask("lost.com").pod == "a"
+
+
+def test_the_configmap_is_followed(world: World) -> None:
+    """A change of the controller's ConfigMap is a reload: what it says holds for every host."""
+    name = ("ingress-nginx", "ingress-nginx-controller")
+    told = {
+        "use-forwarded-headers": "true", "proxy-real-ip-cidr": "0.0.0.0/0", "http-redirect-code": "301", "hsts": "false",
+        "log-format-upstream": "told $remote_addr $proxy_upstream_name",
+    }  # fmt: skip
+    before = world.ask("root.com", headers={"X-Forwarded-For": "203.0.113.7"})
+    assert before.seen["x-forwarded-for"] != "203.0.113.7"
+    world.lab.api.patch("configmaps", *name, {"data": told})
+
+    def forwarded() -> str:
+        return world.ask("root.com", headers={"X-Forwarded-For": "203.0.113.7"}).seen["x-forwarded-for"]
+
+    world.until(lambda: forwarded() == "203.0.113.7")
+    world.settle()
+    assert world.ask("foo.bar.com").status == 301
+    assert "strict-transport-security" not in world.ask("foo.bar.com", tls=True).headers
+    world.until(lambda: "told 203.0.113.7 dev-a-80" in world.log(), within_s=10)
+    world.lab.api.patch("configmaps", *name, {"data": dict.fromkeys(told)})
+    world.until(lambda: forwarded() != "203.0.113.7")
+    world.settle()
+
+
 # --- log, metrics, events ----------------------------------------------------------------------------------------------
 
 
@@ -522,7 +746,10 @@ def test_log_and_metrics(world: World) -> None:
     text = world.controller_port("/metrics")
     for name in (
         "request_duration_seconds_bucket", "nginx_process_connections{state=\"active\"}", "nginx_process_requests_total", "config_hash",
-        "config_last_reload_successful 1", "success", "build_info",
+        "config_last_reload_successful 1", "success", "build_info", 'leader_election_status{name="ingress-nginx-leader"} 1',
+        'orphan_ingress{ingress="kinds",namespace="dev",type="no-service"} 1',
+        'orphan_ingress{ingress="paths",namespace="dev",type="no-endpoint"} 0',
+        'ssl_expire_time_seconds{class="k8s.io/ingress-nginx",host="foo.bar.com",namespace="ingress-nginx",secret_name="foo-tls"} ',
     ):  # fmt: skip
         assert f"nginx_ingress_controller_{name}" in text, name
     assert world.controller_port("/healthz") == "ok"
@@ -663,15 +890,40 @@ def test_deleted_secret(world: World) -> None:
 
 
 def test_killed_nginx_comes_back(world: World) -> None:
-    """The master is killed: readiness goes, nginx is started again, and the same hosts are served."""
+    """The master is killed: nginx is started again, and the same hosts are served."""
     name = f"ingress-nginx/{world.controller()}"
     before = world.ask("root.com")
     killed = world.lab.call(name, _kill_master, timeout_s=10)
     assert killed and before.status == 200
+    world.until(lambda: world.lab.call(name, _masters, timeout_s=10) not in ([], killed))
     world.until(lambda: world.serves("root.com"))
-    assert world.lab.call(name, _masters, timeout_s=10) not in ([], killed)
     pod = world.controllers()[0]
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0  # to the kubelet the container ran on
+
+
+def test_readiness_follows_nginx(world: World) -> None:
+    """While nginx cannot be started the pod is not ready and nobody is sent to it; once it can, all is as before."""
+    name = f"ingress-nginx/{world.controller()}"
+    world.lab.call(name, _move, NGINX, f"{NGINX}.away", timeout_s=10)
+    world.lab.call(name, _kill_master, timeout_s=10)
+    world.until(lambda: not any(ready(pod) for pod in world.controllers()))
+    world.until(lambda: not any(ready_endpoints(world)))
+    assert not world.serves("root.com")
+    world.lab.call(name, _move, f"{NGINX}.away", NGINX, timeout_s=10)
+    world.until(lambda: world.serves("root.com"))
+    world.until(lambda: any(ready(pod) for pod in world.controllers()))
+    assert world.controllers()[0]["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def ready_endpoints(world: World) -> list[str]:
+    label = "kubernetes.io/service-name=ingress-nginx-controller"
+    slices = world.lab.api.list("endpointslices.discovery.k8s.io", "ingress-nginx", label_selector=label)[0]
+    endpoints = [one for each in slices for one in each.get("endpoints") or ()]
+    return [one["addresses"][0] for one in endpoints if one["conditions"]["ready"]]
+
+
+def _move(source: str, target: str) -> None:
+    os.rename(source, target)
 
 
 def _masters() -> list[int]:
@@ -689,6 +941,63 @@ def _kill_master() -> list[int]:
     for pid in found:
         os.kill(pid, signal.SIGKILL)
     return found
+
+
+def test_only_the_leader_of_two_replicas_writes_addresses(world: World) -> None:
+    """A second replica that would publish another address writes nothing until the first one is gone; then it takes over."""
+    api = world.lab.api
+
+    def holder() -> str:
+        found = api.get("leases.coordination.k8s.io", "ingress-nginx", "ingress-nginx-leader")["spec"]["holderIdentity"]
+        return str(found)
+
+    def address(name: str) -> Any:
+        return api.get(INGRESSES, "dev", name).get("status", {}).get("loadBalancer", {}).get("ingress")
+
+    first = world.controller()
+    service_ip = api.get("services", "ingress-nginx", "ingress-nginx-controller")["spec"]["clusterIP"]
+    assert holder() == first
+    other = api.get("deployments.apps", "ingress-nginx", "ingress-nginx-controller")
+    other = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": meta("second", "ingress-nginx"),
+        "spec": other["spec"],
+    }
+    other["spec"]["template"]["metadata"]["labels"]["copy"] = other["spec"]["selector"]["matchLabels"]["copy"] = (
+        "second"
+    )
+    container = other["spec"]["template"]["spec"]["containers"][0]
+    container["args"] = [arg for arg in container["args"] if not arg.startswith("--publish")]
+    container["args"].append("--publish-status-address=192.0.2.2")
+    world.apply(other)
+    second = world.until(
+        lambda: [
+            pod["metadata"]["name"] for pod in world.controllers() if ready(pod) and pod["metadata"]["name"] != first
+        ]
+    )[0]
+    # both serve, one leads: what is written from now on is the first one's
+    api.create(ingress("while-two", {"while-two.com": EVERYTHING}))
+    world.until(lambda: address("while-two") == [{"ip": service_ip}])
+    world.settle()
+    shown = {str(address(one["metadata"]["name"])) for one in api.list(INGRESSES, "dev")[0]}
+    assert shown == {str([{"ip": service_ip}]), "None"}  # None: theirs, and those without a class
+    assert holder() == first
+    for name, leads in ((first, 1), (second, 0)):
+        assert f'leader_election_status{{name="ingress-nginx-leader"}} {leads}' in world.controller_port(
+            "/metrics", name
+        )
+    api.scale("deployments.apps", "ingress-nginx", "ingress-nginx-controller", 0)
+    world.until(lambda: holder() == second)
+    world.until(lambda: address("while-two") == address("hosts") == [{"ip": "192.0.2.2"}])
+    api.scale("deployments.apps", "ingress-nginx", "ingress-nginx-controller", 1)
+    world.until(lambda: len([pod for pod in world.controllers() if ready(pod)]) == 2)
+    api.create(ingress("after", {"after.com": EVERYTHING}))
+    world.until(lambda: address("after") == [{"ip": "192.0.2.2"}])
+    # the last replica but one clears nothing: somebody still serves
+    api.delete("deployments.apps", "ingress-nginx", "second")
+    world.until(lambda: address("after") == [{"ip": service_ip}])
+    assert holder() == world.controller()
 
 
 def test_what_nginx_refuses_is_named_and_changes_nothing(world: World) -> None:

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -73,10 +74,17 @@ def name_of(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
+_FOLDERS: weakref.WeakKeyDictionary[socket.socket, str] = weakref.WeakKeyDictionary()
+
+
+def lab_folder_of(connection: socket.socket) -> str:
+    return _FOLDERS[connection]
+
+
 @contextlib.contextmanager
 def started_spawner(log: Path, *, with_forker: bool = False) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
-    folder = tempfile.mkdtemp(prefix="testbed-spawner-")
+    folder = _FOLDERS[ours] = tempfile.mkdtemp(prefix="testbed-spawner-")
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
     linux.unshare(linux.CLONE_NEWPID)
     pid = os.fork()
@@ -104,6 +112,7 @@ def linux_restore(own: int) -> None:
 def be_spawner(connection: socket.socket, folder: str, log: Path, *, with_forker: bool) -> None:
     sys.stderr = log.open("w")
     try:
+        linux.set_parent_death_signal(signal.SIGKILL)  # of a pytest that is killed
         linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
         linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
         linux.mount("proc", "/proc", "proc")
@@ -343,7 +352,7 @@ def test_a_link_in_a_container_does_not_lead_a_mount_out_of_it(spawner: socket.s
         await runtime.start_container(container("sleep", "60", mounts=(Mount(volume="scratch", path="/var/run/data"),)))
         seen = await shell(runtime, "ls -d /run/data")
         escape = (Mount(volume="scratch", path="/x", sub_path="../../../etc"),)
-        with pytest.raises(InputError, match="subPath '../../../etc' leads out of volume 'scratch'"):
+        with pytest.raises(KernelError, match="subPath '../../../etc' leads out of the volume that is mounted at /x"):
             await runtime.start_container(container("true", container_id="c2", mounts=escape))
         for name in ("../../x", "/x", "a/../../x"):
             with pytest.raises(InputError, match="leads out of the volume"):
@@ -434,6 +443,127 @@ def test_host_network_and_host_path(spawner: socket.socket) -> None:
 
     assert with_runtime(spawner, test) == "cni0 eth0 lo node1\n"
     assert not Path("/run/mark").exists()
+
+
+def test_a_link_that_a_pod_has_made_does_not_lead_a_sub_path_out(spawner: socket.socket, tmp_path: Path) -> None:
+    """A subPath is walked by the kernel, which follows no link out of the volume; what it would have made is not made."""
+    outside = f"{str(tmp_path)[1:]}/made"
+    links = {"/": outside, "/proc/1/root": outside, "..": "x", "../../../../../..": outside, "self/../../..": "x"}
+
+    async def test(runtime: Runtime) -> str:
+        made = sandbox(volumes=(Volume(name="scratch"),))
+        await running(runtime, made=made, mounts=(Mount(volume="scratch", path="/scratch"),))
+        await shell(runtime, "mkdir /scratch/self")
+        for number, (link, leads_to) in enumerate(links.items()):
+            await shell(runtime, f"ln -s {link} /scratch/{number}")
+            through = (Mount(volume="scratch", path="/x", sub_path=f"{number}/{leads_to}"),)
+            with pytest.raises(KernelError, match=r"leads out of the volume that is mounted at /x"):
+                await runtime.start_container(container("true", container_id=f"c2{number}", mounts=through))
+        inside = (Mount(volume="scratch", path="/x", sub_path="self/a/b"),)
+        await runtime.start_container(container("sleep", "60", container_id="c3", mounts=inside))
+        return await shell(runtime, "touch /x/mark", "c3") + await shell(runtime, "ls /scratch/self/a/b")
+
+    assert with_runtime(spawner, test) == "mark\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "lab.log"]
+
+
+def test_nothing_is_mounted_inside_proc(spawner: socket.socket) -> None:
+    """A mountPath that goes through the links of /proc, which lead out of the container, is refused."""
+
+    async def test(runtime: Runtime) -> None:
+        await runtime.create_sandbox(sandbox(volumes=(Volume(name="scratch"),)))
+        for number, path in enumerate(("/proc/self/fd/3/x", "/proc/1/root/x", "/proc", "/var/../proc/x")):
+            with pytest.raises(KernelError, match=f"cannot mount at '{path}': it is inside /proc"):
+                await runtime.start_container(
+                    container("true", container_id=f"c{number}", mounts=(Mount(volume="scratch", path=path),))
+                )
+
+    with_runtime(spawner, test)
+
+
+def test_what_a_pod_writes_to_a_host_path_stays_on_its_node(spawner: socket.socket, tmp_path: Path) -> None:
+    """Pods of a node share what they write there; the machine's own files, mode and owner included, stay as they are."""
+    shown = tmp_path / "data"
+    shown.mkdir(mode=0o750)
+    (shown / "kept").write_text("machine's")
+    (shown / "gone").touch()
+
+    async def test(runtime: Runtime) -> list[str]:
+        volumes = (
+            Volume(name="data", host_path=str(shown)),
+            Volume(name="file", host_path=str(shown / "kept"), host_type="File"),
+            Volume(name="made", host_path=str(shown / "new/folder"), host_type="DirectoryOrCreate"),
+            Volume(name="root", host_path="/"),
+        )
+        mounts = (
+            Mount(volume="data", path="/data"), Mount(volume="file", path="/one"), Mount(volume="made", path="/made"),
+            Mount(volume="root", path="/host"), Mount(volume="data", path="/sub", sub_path="new"),
+        )  # fmt: skip
+        await running(runtime, made=sandbox(volumes=volumes), mounts=mounts, privileged=True)
+        script = (
+            "stat -c %a /data; cat /data/kept; echo pod > /data/kept; cat /one; rm /data/gone; touch /made/here /sub/there;"
+            f"touch /host{shown}/x; chmod 777 /data"
+        )
+        seen = [await shell(runtime, script)]
+        other = sandbox(pod_uid="uid-2", pod_name="other", address=IPv4Address("10.244.1.3"), volumes=volumes[:1])
+        await runtime.create_sandbox(other)
+        await runtime.start_container(
+            container("sleep", "60", container_id="c2", pod_uid="uid-2", mounts=(Mount(volume="data", path="/d"),))
+        )
+        return [*seen, await shell(runtime, "cat /d/kept; ls /d; ls /d/new", "c2")]
+
+    assert with_runtime(spawner, test) == ["750\nmachine'spod\n", "pod\nkept\nnew\nfolder\nthere\n"]
+    assert sorted(path.name for path in shown.iterdir()) == ["gone", "kept"]
+    assert (shown / "kept").read_text() == "machine's"
+    assert shown.stat().st_mode & 0o777 == 0o750
+
+
+def test_host_paths_that_are_refused(spawner: socket.socket, tmp_path: Path) -> None:
+    """What is not of the volume's type is refused in the kubelet's words; so is the lab's own folder, with its sockets."""
+    lab, failed = lab_folder_of(spawner), "hostPath type check failed:"
+    wrong = {
+        (f"{tmp_path}/nothing", "Directory"): f"{failed} {tmp_path}/nothing is not a directory",
+        (f"{tmp_path}/lab.log", "Directory"): f"{failed} {tmp_path}/lab.log is not a directory",
+        (f"{tmp_path}", "File"): f"{failed} {tmp_path} is not a file",
+        (f"{tmp_path}", "FileOrCreate"): f"{failed} {tmp_path} is not a file",
+        (lab, ""): f"hostPath '{lab}' is the lab's own",
+        (f"{lab}/private", ""): f"hostPath '{lab}/private' is the lab's own",
+    }
+
+    async def test(runtime: Runtime) -> None:
+        for number, ((path, kind), words) in enumerate(wrong.items()):
+            uid, address = f"uid-{number}", IPv4Address("10.244.1.2") + number
+            volume = Volume(name="v", host_path=path, host_type=kind)
+            await runtime.create_sandbox(
+                sandbox(pod_uid=uid, pod_name=f"p{number}", address=address, volumes=(volume,))
+            )
+            mounts = (Mount(volume="v", path="/x"),)
+            with pytest.raises((KernelError, InputError), match=re.escape(words)):
+                await runtime.start_container(container("true", container_id=uid, pod_uid=uid, mounts=mounts))
+
+    with_runtime(spawner, test)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_devices_of_the_machine_do_not_open(spawner: socket.socket) -> None:
+    """A pod makes no device nodes; a hostPath opens none of the machine's, writes to no /dev or /sys, shows no lab's folder."""
+
+    async def test(runtime: Runtime) -> str:
+        volumes = tuple(Volume(name=name or "root", host_path=f"/{name}") for name in ("dev", "sys", ""))
+        mounts = tuple(Mount(volume=volume.name, path=f"/h/{volume.name}") for volume in volumes)
+        await running(runtime, made=sandbox(volumes=volumes), mounts=mounts)
+        script = (
+            "mknod /tmp/null c 1 3; mknod /dev/other c 1 3; cat /h/dev/zero; touch /h/dev/x; echo 1 > /h/sys/x;"
+            f"ls -A /h/root{lab_folder_of(spawner)}"
+        )
+        return await shell(runtime, f"({script}) 2>&1")
+
+    said = with_runtime(spawner, test).splitlines()
+    assert [line.rpartition(": ")[2] for line in said] == [
+        "Operation not permitted", "Operation not permitted", "Permission denied", "Read-only file system",
+        "Read-only file system",
+    ]  # fmt: skip
+    assert not Path("/dev/x").exists()
 
 
 def test_removing_a_sandbox_ends_everything(spawner: socket.socket) -> None:

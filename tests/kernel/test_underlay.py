@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def in_lab(topology: Topology, test: Callable[[Any], Any]) -> Any:
     pid = os.fork()
     if pid == 0:
         try:
+            linux.set_parent_death_signal(signal.SIGKILL)  # of a pytest that is killed
             linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
             linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
             from testbed.underlay.network import LabNetwork, make_private_folder

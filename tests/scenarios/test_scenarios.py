@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +47,29 @@ def test_scenario(folder: Path, modes: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=patient(380), check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert json.loads(done.stdout)
+
+
+def _exposures() -> Iterator[Any]:
+    """Yield the ingress controller's scenarios with the modes that they do not declare, to keep the ordinary suite short."""
+    for path in sorted(ROOT.glob("ingress*/scenario.yaml")):
+        others = {"iptables", "ipvs", "nftables", "userspace"} - set(load_scenario(path).proxy_modes)
+        if path.parent.name == "ingress":
+            others.discard("userspace")  # that proxy connects anew: no policy keeps the client's address
+        for mode in sorted(others):
+            marks = [pytest.mark.ipvs] if mode == "ipvs" else []
+            yield pytest.param(path.parent, mode, id=f"{path.parent.name}-{mode}", marks=marks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "mode"), [*_exposures()])
+def test_the_controller_is_reached_in_every_mode(folder: Path, mode: str, tmp_path: Path) -> None:
+    """What is in front of nginx is kube-proxy's; whichever mode it has, the three exposures do the same."""
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    text, found = re.subn(r"proxyModes: \[.*\]", f"proxyModes: [{mode}]", (copy / "scenario.yaml").read_text())
+    assert found == 1
+    (copy / "scenario.yaml").write_text(text)
+    test_scenario(copy, [mode])
 
 
 @pytest.mark.slow

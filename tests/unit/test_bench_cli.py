@@ -61,7 +61,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Benchmark]:
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., None]) -> None:
-    monkeypatch.setattr(bench_run, "check_machine", lambda: None)
+    monkeypatch.setattr(bench_run, "check_machine", lambda *_: None)
     monkeypatch.setattr(bench_run, "choose_iptables_backend", lambda wanted: wanted or "nft")
     monkeypatch.setattr(bench_run, "begin_session", lambda: Session(machine=a_machine(), recording=Recording()))
     monkeypatch.setattr(bench_run, "measure", measure)

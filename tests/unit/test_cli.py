@@ -440,7 +440,7 @@ def test_run_uses_the_nested_kernel_for_what_is_missing(testbed_: Testbed, labs:
     assert ended.status == 0, ended.err
     assert NESTED_LINE in ended.out.splitlines()
     assert [how["proxy_mode"] for how, _ in labs] == ["iptables"]
-    assert nested == [["run", "runs", "--proxy-mode", "nftables", "--no-vm", "--results-fd", "3"]]
+    assert nested == [["run", "runs", "--proxy-mode", "nftables"]]
     assert [line.split()[:3] for line in ended.out.splitlines()[-2:]] == [
         ["s", "iptables", "2/2"],
         ["s", "nftables", "(nested)"],
@@ -497,7 +497,7 @@ def test_up_says_what_to_type(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch
     """`up` in a mode that this kernel lacks ends with 3 and the same command for the nested kernel."""
     monkeypatch.setattr(testbed.scenario.modes, "why_not", lambda mode: "")
     monkeypatch.setattr(testbed.scenario.modes, "why_not_here", lambda *_: "this kernel has no ip_vs")
-    monkeypatch.setattr(testbed.lab.start, "check_machine", lambda: None)
+    monkeypatch.setattr(testbed.lab.start, "check_machine", lambda *_: None)
     ended = testbed_("up", "my-lab", "--proxy-mode", "ipvs")
     assert ended.status == 3
     assert ended.err.splitlines() == [

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hostile import hostile_texts
 
 from testbed.dataplane.corefile import (
     CorefileError,
@@ -189,3 +190,28 @@ def test_without_anybody_to_ask_the_responder_is() -> None:
     """Then names of the world fail at once instead of after a time-out."""
     text = render_dnsmasq(parse(corefile("cluster.local"), resolv=""), addresses=("10.244.1.2",), hosts_file="/h")
     assert text.splitlines()[-1] == "server=127.0.0.1#5355"
+
+
+@pytest.mark.parametrize("quoted", [False, True], ids=["plain", "quoted"])
+@pytest.mark.parametrize("text", hostile_texts("/canary"))
+def test_a_corefile_brings_no_option_of_dnsmasq_in(text: str, quoted: bool) -> None:
+    """Whatever stands for a zone, a server or an option's value: refused, or one word of the line that it belongs to."""
+    word = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' if quoted else text
+    known = {
+        line.partition("=")[0]
+        for line in render_dnsmasq(
+            parse(block("forward . 10.0.0.1", "log")), addresses=("1.2.3.4",), hosts_file="/h"
+        ).splitlines()
+    }
+    for corefile_text in (
+        block(f"forward . {word}"), block(f"forward {word} 10.0.0.1"), block(f"ready {word}"), block(f"log {word}"),
+        block(f"forward . 10.0.0.1 {{\n policy {word}\n }}"), f".:53 {{\n kubernetes {word}\n}}",
+        block("log") + f"{word} {{\n forward . 10.0.0.2\n}}\n", block(f"hosts {word}"), f"{word} {{\n kubernetes cluster.local\n}}",
+    ):  # fmt: skip
+        try:
+            config = parse_corefile(corefile_text, read_file=lambda path: Path("/nothing", path[1:]).read_text())
+        except CorefileError:
+            continue
+        lines = render_dnsmasq(config, addresses=("1.2.3.4",), hosts_file="/h").splitlines()
+        assert {line.partition("=")[0] for line in lines} <= known
+        assert not [line for line in lines if "canary" in line and not line.startswith("server=/")]

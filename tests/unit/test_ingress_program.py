@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from ingress_objects import CLASS, OPTIONS, Object, config_map, ingress, service, slices
+from ingress_objects import CLASS, OPTIONS, Object, config_map, ingress, key_pair, service, slices, tls_secret
 
 from testbed.errors import ApiError
 from testbed.programs.ingress.controller import RESOURCES, IngressLoop, ingress_at
@@ -134,16 +135,60 @@ def test_what_changes_nothing_reloads_nothing() -> None:
     assert run.nginx.did == did
 
 
+def test_ingresses_that_lead_nowhere_are_told() -> None:
+    """By a gauge of 0 and 1 for each Ingress, as upstream; one that is gone is told no more."""
+    run = Run(*A, service("idle"), ingress("x", {"a.com": ROOT}), ingress("y", {"b.com": [("/", "Prefix", "idle")]}))
+
+    def orphaned(name: str, kind: str) -> float:
+        return run.metrics.value("orphan_ingress", namespace="dev", ingress=name, type=kind)
+
+    assert (orphaned("x", "no-service"), orphaned("x", "no-endpoint")) == (0, 0)
+    assert (orphaned("y", "no-service"), orphaned("y", "no-endpoint")) == (0, 1)
+    run.change(slices("idle", "10.0.0.7"))
+    assert orphaned("y", "no-endpoint") == 0
+    run.change(service("a"), deleted=True)
+    assert (orphaned("x", "no-service"), orphaned("x", "no-endpoint")) == (1, 0)
+    run.change(ingress("x", {"a.com": ROOT}), deleted=True)
+    assert 'ingress="x"' not in run.metrics.render() and 'ingress="y"' in run.metrics.render()
+
+
+def test_the_end_of_certificates_is_told() -> None:
+    """For each host with a Secret of its own: the seconds since 1970, under upstream's labels."""
+    from cryptography import x509
+
+    tls = [{"hosts": ["a.com"], "secretName": "tls"}]
+    run = Run(*A, tls_secret("tls", "a.com"), ingress("x", {"a.com": ROOT, "b.com": ROOT}, tls=tls))
+    labels = {"namespace": "ingress-nginx", "class": "k8s.io/ingress-nginx", "secret_name": "tls"}
+    end = x509.load_pem_x509_certificate(key_pair("a.com")[1]).not_valid_after_utc.timestamp()
+    assert run.metrics.value("ssl_expire_time_seconds", host="a.com", **labels) == end
+    run.change(tls_secret("tls", "a.com"), deleted=True)
+    assert 'host="a.com"' not in run.metrics.render()
+
+
 def test_changes_that_come_together_are_applied_together() -> None:
-    """The loop waits for quiet, but not for ever."""
+    """Of endpoints the first one waits for nothing; those that follow wait for quiet, but not for ever."""
     run = Run(*A, ingress("x", {"a.com": ROOT}))
+    run.now += 1.0
     begin = run.now
-    count = 0
-    while "reload" not in run.nginx.did:
-        run.loop.accept([Changed(RESOURCES[3], False, slices("a", f"10.0.1.{count % 250 + 1}"))])
-        count += 1
+    reloads = []
+    for count in range(1, 31):
+        run.loop.accept([Changed(RESOURCES[3], False, slices("a", f"10.0.1.{count}"))])
         run.pass_time(0.02)
-    assert 0.15 < run.now - begin < 0.3 and run.nginx.did.count("reload") == 1
+        if run.nginx.did.count("reload") > len(reloads):
+            reloads.append(round(run.now - begin, 2))
+    assert reloads[0] == 0.02
+    assert all(0.15 < later - sooner < 0.3 for sooner, later in pairwise(reloads)) and len(reloads) > 1, reloads
+
+
+def test_a_change_of_more_than_endpoints_waits_for_what_belongs_to_it() -> None:
+    """An Ingress and its Service and endpoints, applied one after the other, are one reload."""
+    run = Run(*A, ingress("x", {"a.com": ROOT}))
+    for obj in (ingress("y", {"b.com": [("/", "Prefix", "b")]}), service("b"), slices("b", "10.0.2.1")):
+        run.loop.accept([Changed(KEYS[obj["kind"]], False, obj)])
+        run.pass_time(0.02)
+        assert "reload" not in run.nginx.did
+    run.pass_time(0.03)
+    assert run.nginx.did.count("reload") == 1 and "server 10.0.2.1:8080" in run.nginx.text
 
 
 def test_a_refused_configuration_is_named_and_the_old_one_stays() -> None:

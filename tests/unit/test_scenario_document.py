@@ -485,3 +485,11 @@ def test_services_are_checked_for_the_topologys_ranges(tmp_path: Path) -> None:
         'web.yaml:22: spec.clusterIPs: Invalid value: []string{"10.96.4.1"}: failed to allocate IP 10.96.4.1: '
         "the provided IP (10.96.4.1) is not in the valid range. The range of valid IPs is 10.96.0.0/22"
     ]
+
+
+def test_a_folder_with_a_benchmark(tmp_path: Path) -> None:
+    """Who runs a benchmark's folder as a scenario is told what to type."""
+    (tmp_path / "benchmark.yaml").write_text("")
+    with pytest.raises(ManifestError) as refused:
+        load_scenario(tmp_path)
+    assert str(refused.value) == f"{tmp_path}: holds a benchmark, not a scenario: `testbed bench run {tmp_path}`"

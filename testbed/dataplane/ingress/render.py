@@ -140,7 +140,7 @@ class Renderer:
 
     def render(self, document: Document) -> str:
         """Return the text of nginx.conf."""
-        common = (document.settings, document.options, document.default_certificate)
+        common = (document.settings, document.options, document.default_certificate, document.kept_connections)
         if common != self._common or self._macros is None:
             self._common = common
             self._servers, self._upstreams = {}, {}
@@ -182,6 +182,7 @@ def _variables(document: Document) -> dict[str, Any]:
         "zones": document.zones,
         "geos": document.geos,
         "caches_auth": document.caches_auth,
+        "kept_connections": document.kept_connections,
         "hash_sizes": document.server_names_hash,
         "generation_file": Raw(GENERATION_FILE),
         "metrics_address": Raw("{}:{}".format(*METRICS_ADDRESS)),

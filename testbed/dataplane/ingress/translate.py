@@ -165,7 +165,7 @@ class _Translation:
             options=self._options,
             resolvers=self._resolvers,
             default_certificate=self._add_file(pem, "pem") if pem else "",
-            upstreams=tuple(self._upstreams[name] for name in sorted(self._upstreams)),
+            upstreams=tuple(self._upstreams[name] for name in sorted(self._upstreams, key=_upstream_order)),
             servers=servers,
             maps=self._features.maps,
             splits=self._features.splits,
@@ -292,7 +292,7 @@ class _Translation:
     # -- servers -----------------------------------------------------------------------------------------------------
 
     def _server(self, host: _Host, aliases: tuple[str, ...], www_redirect: str) -> Server:
-        pair = self._certificate(host)
+        pair, secret_name = self._certificate(host)
         has_tls = pair is not None
         client, ciphers, prefers = None, "", None
         app_root = ""
@@ -307,6 +307,8 @@ class _Translation:
             locations=tuple(self._locations(host, has_tls=has_tls, has_client_certificates=client is not None)),
             aliases=aliases,
             certificate=self._add_file(pair.pem, "pem") if pair else "",
+            certificate_secret=secret_name,
+            certificate_expires_s=pair.expires_s if pair else 0.0,
             app_root=app_root,
             www_redirect=www_redirect,
             client_certificates=client,
@@ -314,8 +316,11 @@ class _Translation:
             prefers_own_ciphers=prefers,
         )
 
-    def _certificate(self, host: _Host) -> KeyPair | None:
-        """Return the certificate of a host: of the first TLS section that names it, else any listed one that covers it."""
+    def _certificate(self, host: _Host) -> tuple[KeyPair | None, str]:
+        """Return the certificate of a host, and the name of its Secret.
+
+        It is that of the first TLS section that names the host, else any listed one that covers it.
+        """
         sections = [
             (source, section)
             for source in host.sources
@@ -324,12 +329,13 @@ class _Translation:
         for source, section in sections:
             if host.name in [str(name).lower() for name in section.get("hosts") or ()]:
                 # Without a Secret of its own the host still has TLS: with the default certificate (and the redirect).
-                return self._section_pair(source, section) or self._default_pair()
+                own = self._section_pair(source, section)
+                return (own, str(section["secretName"])) if own else (self._default_pair(), "")
         for source, section in sections:
             pair = self._section_pair(source, section)
             if pair is not None and pair.covers(host.name):
-                return pair
-        return None
+                return pair, str(section["secretName"])
+        return None, ""
 
     def _section_pair(self, source: Parsed, section: Object) -> KeyPair | None:
         name = str(section.get("secretName") or "")
@@ -445,6 +451,11 @@ class _Translation:
         forced = settings.force_ssl_redirect if said.force_ssl_redirect is None else said.force_ssl_redirect
         wanted = settings.ssl_redirect if said.ssl_redirect is None else said.ssl_redirect
         return forced or (has_tls and wanted)
+
+
+def _upstream_order(name: str) -> tuple[bool, str]:
+    """The default backend first: nearly every server names it, and nginx goes through upstreams from the first on."""
+    return name != DEFAULT_BACKEND, name
 
 
 def _location_order(rule: PathRule) -> tuple[int, tuple[int, ...], int, int]:

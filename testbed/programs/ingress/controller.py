@@ -5,7 +5,8 @@
     watchers ── queue ──▶ world ── translate, render ──▶ text ──▶ nginx -t, reload      (pods came or went: reload only)
                                                           └─ refused: the Ingress is named, the old text stays
 
-What comes together is applied together: the loop waits until nothing has come for a moment, but never long.
+What comes together is applied together: the loop waits until nothing has come for a moment, but never long. A change of
+endpoints after a time without any is one pod that came or went, and waits for nothing.
 
 Source: kubernetes/ingress-nginx internal/ingress/controller/{controller,nginx}.go (v1.10): what a reload is, its events
 and metrics.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
 from testbed.dataplane.ingress.endpoints import same_but_for_endpoints, with_endpoints
+from testbed.dataplane.ingress.figures import certificate_ends, orphans
 from testbed.dataplane.ingress.model import Document, IngressKey
 from testbed.dataplane.ingress.render import Renderer
 from testbed.dataplane.ingress.settings import Options
@@ -107,6 +109,7 @@ class IngressLoop:
         self._is_due = False
         self._changed_services: set[Name] | None = set()  # None: more than endpoints changed
         self._first_s = self._last_s = 0.0
+        self._applied_s = 0.0
         self._renderer = Renderer()
         self._document: Document | None = None
         self._text = ""
@@ -180,8 +183,10 @@ class IngressLoop:
         """Return how long nothing is to be done if no message comes."""
         if not self._is_due or self._not_listed:
             return 1.0
-        due = min(self._last_s + QUIET_S, self._first_s + LONGEST_WAIT_S)
-        return max(0.0, due - self._clock())
+        now = self._clock()
+        if self._changed_services and now - self._applied_s >= LONGEST_WAIT_S:
+            return 0.0
+        return max(0.0, min(self._last_s + QUIET_S, self._first_s + LONGEST_WAIT_S) - now)
 
     def step(self) -> None:
         """Apply what is due."""
@@ -198,6 +203,7 @@ class IngressLoop:
                 self.world, self.options, default_certificate=self._default_certificate, resolvers=self._resolvers
             )
             self._show_notes(document)
+            self._show_figures(document)
             endpoints_only = changed is not None and before is not None and same_but_for_endpoints(before, document)
         text = self._renderer.render(document)
         if not self._nginx.is_alive:
@@ -207,6 +213,7 @@ class IngressLoop:
             self._document = document
         elif text != self._refused:
             self._apply(document, text, tested=endpoints_only)
+        self._applied_s = self._clock()
         self._tell_synced()
 
     def _apply(self, document: Document, text: str, *, tested: bool) -> None:
@@ -304,6 +311,23 @@ class IngressLoop:
         for key, note in sorted(notes - self._noted, key=str):
             self._log(f"ingress {key}: {note}" if key else note)
         self._noted = notes
+
+    def _show_figures(self, document: Document) -> None:
+        self._metrics.replace(
+            "orphan_ingress",
+            (
+                ({"namespace": key.namespace, "ingress": key.name, "type": kind}, float(is_so))
+                for (key, kind), is_so in orphans(document).items()
+            ),
+        )
+        own = {"namespace": namespace_of(self._pod) if self._pod else "", "class": self.options.controller_class}
+        self._metrics.replace(
+            "ssl_expire_time_seconds",
+            (
+                ({**own, "host": host, "secret_name": secret}, expires_s)
+                for (host, secret), expires_s in certificate_ends(document).items()
+            ),
+        )
 
     def _tell_synced(self) -> None:
         """Write upstream's event about each Ingress that is new or changed."""

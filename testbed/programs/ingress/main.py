@@ -83,9 +83,12 @@ class Faces:
     nginx: NginxProcess
     metrics: ProxyMetrics
     requests: RequestMetrics | None
+    is_leader: threading.Event
 
     def answer(self, path: str) -> Answer:
         if path == "/metrics":
+            leads = float(self.is_leader.is_set())
+            self.metrics.set("leader_election_status", leads, name=self.options.election_id)
             text = self.metrics.render()
             if self.requests is not None:
                 text += self.requests.render() + nginx_metrics(self.nginx.status(), PREFIX)
@@ -139,7 +142,8 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         metrics.set("build_info", 1, repository="testbed", release="v1.10.1")
         if requests is not None:
             requests.listen()
-        Listener("0.0.0.0", options.healthz_port, Faces(options, loop, nginx, metrics, requests).answer)
+        faces = Faces(options, loop, nginx, metrics, requests, leadership.is_leader)
+        Listener("0.0.0.0", options.healthz_port, faces.answer)
     except (TestbedError, OSError) as error:
         log(str(error))
         return 1

@@ -32,7 +32,8 @@ WORK_FOLDER: Final = "/tmp/nginx"  # in the pod
 RUNNING_FILE: Final = f"{WORK_FOLDER}/running"
 _TEST_WITHIN_S: Final = 60.0
 _SERVES_WITHIN_S: Final = 30.0
-_POLL_S: Final = 0.005
+#: Pauses between looks at whether a generation serves grow from the one to the other: nginx may be busy on that very core.
+_POLL_S: Final = (0.005, 0.05)
 _KEPT_MARKS: Final = 100
 
 
@@ -210,12 +211,14 @@ class NginxProcess:
 
     def _until_served(self) -> None:
         deadline = time.monotonic() + _SERVES_WITHIN_S
+        pause_s, longest_s = _POLL_S
         while time.monotonic() < deadline:
             if self.serving_generation() == self.generation:
                 return
             if not self.is_alive:
                 raise ConfigRefused("nginx ended")
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(longest_s, 1.5 * pause_s)
         raise ConfigRefused(f"generation {self.generation} does not answer within {_SERVES_WITHIN_S:g} s")
 
 
