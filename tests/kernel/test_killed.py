@@ -319,11 +319,12 @@ def chosen_seed() -> int:
 @pytest.mark.parametrize("how", ["run", "call"])
 def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is killed and waited for: as a zombie it would keep its PID namespace, a lab's, from ending."""
-    fork = os.fork
+    fork, children = os.fork, []
 
     def interrupted_fork() -> int:
         pid = fork()
         if pid:
+            children.append(pid)
             signal.raise_signal(signal.SIGINT)  # Python raises when the call has returned
         return pid
 
@@ -335,8 +336,9 @@ def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.M
         else:
             call_in(place, time.sleep, 60, timeout_s=60)
     place.close()
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    (child,) = children
+    with pytest.raises(ChildProcessError):  # it has been waited for
+        os.waitpid(child, os.WNOHANG)
 
 
 @pytest.mark.timeout(300)
