@@ -319,8 +319,7 @@ def chosen_seed() -> int:
 @pytest.mark.parametrize("how", ["run", "call"])
 def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is killed and waited for: as a zombie it would keep its PID namespace, a lab's, from ending."""
-    fork = os.fork
-    children = []
+    fork, children = os.fork, []
 
     def interrupted_fork() -> int:
         pid = fork()
@@ -337,9 +336,9 @@ def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.M
         else:
             call_in(place, time.sleep, 60, timeout_s=60)
     place.close()
-    (pid,) = children
-    with pytest.raises(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+    (child,) = children
+    with pytest.raises(ChildProcessError):  # it has been waited for
+        os.waitpid(child, os.WNOHANG)
 
 
 @pytest.mark.timeout(300)
