@@ -141,6 +141,7 @@ _CHANGING = (
     (r":3\d{4}\b|^3\d{4}$", ":PORT"),
     (r"\d\d\d\d-\d\d-\d\dT[\d:]+Z", "TIME"),
     (r"\b[\d.]+(?=(?:us|ms|MB|KB|k|%|\b))", "N"),
+    (r"\bNk\b", "N"),
     (r"\b[KMG]?Bytes\b", "BYTES"),
     (r" \(AGE ago\)", ""),
     # what newer kubectls say and older ones do not, and the other way round
