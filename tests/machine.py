@@ -157,6 +157,9 @@ def _make(folder: str) -> None:
         linux.mount(path, root + path, "", linux.MS_BIND | linux.MS_REC)
     for path, mode in (("/run", "0755"), ("/tmp", "1777")):
         linux.mount("tmpfs", root + path, "tmpfs", 0, f"mode={mode}")
+    if ROOT.is_relative_to("/tmp"):
+        os.makedirs(f"{root}{ROOT}")
+        linux.mount(str(ROOT), f"{root}{ROOT}", "", linux.MS_BIND | linux.MS_REC)
     os.chdir(root)
     linux.pivot_root(".", ".")
     linux.umount(".", linux.MNT_DETACH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import ssl
 import subprocess
 import sys
@@ -71,7 +72,7 @@ class Server:
         """Run kubectl as a user would; colours, editors and the user's own configuration are out of the way."""
         env = {
             "PATH": os.environ["PATH"], "HOME": str(self.folder), "KUBECONFIG": str(self.kubeconfig), "LANG": "C.UTF-8",
-            "KUBE_EDITOR": f"{sys.executable} {HERE / 'manifests' / 'editor.py'}", "TZ": "UTC",
+            "KUBE_EDITOR": shlex.join([sys.executable, str(HERE / "manifests" / "editor.py")]), "TZ": "UTC",
         }  # fmt: skip
         command = [str(program), *argv]
         return subprocess.run(

@@ -378,9 +378,9 @@ def _copy_of_the_project(machine: Machine, place: str) -> Path:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     machine.sh(
         f"mkdir -p {quoted}; cp -r {shlex.quote(str(ROOT))}/testbed {shlex.quote(str(ROOT))}/topologies {quoted}/; "
-        f"{sys.executable} -m venv --without-pip {quoted}/.venv; "
+        f"{shlex.quote(sys.executable)} -m venv --without-pip {quoted}/.venv; "
         f"echo {shlex.quote(sysconfig.get_paths()['purelib'])} > {quoted}/.venv/lib/{version}/site-packages/more.pth; "
-        f"cp {sys.prefix}/bin/kubectl {quoted}/.venv/bin/ 2>/dev/null || true"
+        f"cp {shlex.quote(sys.prefix)}/bin/kubectl {quoted}/.venv/bin/ 2>/dev/null || true"
     )
     return Path(place)
 

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import ssl
 import subprocess
@@ -510,7 +511,9 @@ def test_what_nodes_and_pods_see_of_the_machines_files(lab: Lab, tmp_path: Path)
     assert run("node1", f"touch {tmp_path}/node /etc/{mark} /run/{mark}") == ""
     assert os.listdir(tmp_path) == ["node"]
     assert run(
-        "dev/shell", f"stat -c %s {ROOT}/setup.cfg /etc/shadow; touch /var/{mark} {ROOT}/{mark} && ls /var/{mark}"
+        "dev/shell",
+        f"stat -c %s {shlex.quote(str(ROOT))}/setup.cfg /etc/shadow; "
+        f"touch /var/{mark} {shlex.quote(str(ROOT))}/{mark} && ls /var/{mark}",
     ) == (f"{(ROOT / 'setup.cfg').stat().st_size}\n{Path('/etc/shadow').stat().st_size}\n/var/{mark}\n")
     assert not [path for path in (Path("/etc"), Path("/run"), Path("/var"), ROOT) if (path / mark).exists()]
 

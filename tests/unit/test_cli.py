@@ -630,9 +630,9 @@ def in_shell(line: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("words", ["schema topology", "--help", "--version"])
 def test_output_that_cannot_be_written(words: str) -> None:
     """One line, status 3; to a reader that has gone, nothing, and the status of a program that SIGPIPE has ended."""
-    full = in_shell(f"$0 -m testbed {words} > /dev/full")
+    full = in_shell(f'"$0" -m testbed {words} > /dev/full')
     assert (full.returncode, full.stderr) == (3, "error: No space left on device\n")
-    unread = in_shell(f"$0 -m testbed {words} | true; echo ${{PIPESTATUS[0]}}")
+    unread = in_shell(f'"$0" -m testbed {words} | true; echo ${{PIPESTATUS[0]}}')
     assert (unread.stdout, unread.stderr) == ("141\n", "")
 
 

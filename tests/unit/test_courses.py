@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def test_how_many_lanes(processors: int, available_mib: int, count: int) -> None
 def other_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A Python script in the place of `python -m testbed`; the descriptor for results is its last argument."""
     script, python = tmp_path / "script.py", tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {script} "$@"\n')
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {shlex.quote(sys.executable)} {script} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("PYTHONPATH", str(Path(run.__file__).parents[2]))

@@ -125,7 +125,7 @@ def fake_project(tmp_path: Path) -> Path:
 def test_provisioning_a_machine(tmp_path: Path) -> None:
     """Files are written, the way to the project opened, ./dev setup called; in a chroot no module is loaded; twice is once."""
     fake_project(tmp_path)
-    command = f"{PROVISION} /mnt/home/me/testbed"
+    command = f"{shlex.quote(str(PROVISION))} /mnt/home/me/testbed"
     ended = in_overlay(
         tmp_path, f"{command} && echo again >&2 && {command} && cat /etc/testbed/venv && ls /etc/modules-load.d"
     )
@@ -146,7 +146,7 @@ def test_provisioning_a_machine(tmp_path: Path) -> None:
 def test_a_failing_setup_fails_provisioning(tmp_path: Path) -> None:
     """Then `vagrant up` fails as well."""
     (fake_project(tmp_path) / "dev").write_text("#!/bin/sh\nexit 7\n")
-    ended = in_overlay(tmp_path, f"{PROVISION} /mnt/home/me/testbed")
+    ended = in_overlay(tmp_path, f"{shlex.quote(str(PROVISION))} /mnt/home/me/testbed")
     assert ended.status == 7
     assert "ready" not in ended.err
 

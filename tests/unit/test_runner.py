@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -639,7 +640,8 @@ def test_kubectl(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "none"))
     assert "no kubectl on PATH and none in our own environment" in bench.run(step).steps[0].seen
     program = tmp_path / "kubectl"
-    program.write_text(f"#!{sys.executable}\nimport os, sys\nprint(sys.argv[1:], os.listdir())\n")
+    code = "import os, sys; print(sys.argv[1:], os.listdir())"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)} "$@"\n')
     program.chmod(0o755)
     result = bench.run(step).steps[0]
     assert (result.status, result.where) == (Status.PASSED, "`kubectl apply -f web.yaml`")
