@@ -152,14 +152,13 @@ def _make(folder: str) -> None:
     linux.mount("proc", f"{root}/proc", "proc")
     for path in ("/sys", "/dev"):
         linux.mount(path, root + path, "", linux.MS_BIND | linux.MS_REC)
-    for path in _needed():
-        os.makedirs(root + path, exist_ok=True)
-        linux.mount(path, root + path, "", linux.MS_BIND | linux.MS_REC)
     for path, mode in (("/run", "0755"), ("/tmp", "1777")):
         linux.mount("tmpfs", root + path, "tmpfs", 0, f"mode={mode}")
-    if ROOT.is_relative_to("/tmp"):
-        os.makedirs(f"{root}{ROOT}")
-        linux.mount(str(ROOT), f"{root}{ROOT}", "", linux.MS_BIND | linux.MS_REC)
+    for number, path in enumerate(_needed()):
+        upper, work = f"{folder}/upper-{number}", f"{folder}/work-{number}"
+        for made in (upper, work, root + path):
+            os.makedirs(made, exist_ok=True)
+        linux.mount("overlay", root + path, "overlay", 0, overlay_options(path, upper, work))
     os.chdir(root)
     linux.pivot_root(".", ".")
     linux.umount(".", linux.MNT_DETACH)
@@ -167,9 +166,14 @@ def _make(folder: str) -> None:
 
 
 def _needed() -> Sequence[str]:
-    """Return folders of ours on file systems of their own, which an overlay over / leaves out."""
+    """Return folders of ours that are not in an overlay over /: on file systems of their own, or where it has new ones."""
     device = os.stat("/").st_dev
-    return [path for path in dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix)) if os.stat(path).st_dev != device]
+    ours = dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix))
+    return [
+        path
+        for path in ours
+        if os.stat(path).st_dev != device or Path(path).is_relative_to("/tmp") or Path(path).is_relative_to("/run")
+    ]
 
 
 if __name__ == "__main__":

@@ -327,6 +327,8 @@ def test_a_machine_with_much_that_is_odd(machine: Machine) -> None:
 
     Then the pods' file system runs full, and the log; then reports do.
     """
+    if ROOT.is_relative_to("/tmp"):
+        pytest.skip("this clone is below /tmp, which has no room here")
     machine.project = _copy_of_the_project(machine, "/opt/pröject with 'blanks'/test bed")
     state = "/opt/s t,ate"
     machine.sh(f"mkdir '{state}' /report; mount -t tmpfs -o size=64k,mode=755 tmpfs '{state}'")

@@ -503,6 +503,9 @@ def test_words_of_a_scenario_are_words(lab: Lab, tmp_path: Path) -> None:
 def test_what_nodes_and_pods_see_of_the_machines_files(lab: Lab, tmp_path: Path) -> None:
     """A node writes your files, but for /etc, /run and /sys; a pod reads them, and what it writes is its own."""
 
+    if ROOT.is_relative_to("/tmp"):
+        pytest.skip("this clone is below /tmp, which pods have one of their own of")
+
     def run(where: str, script: str) -> str:
         done = lab.run(where, ["sh", "-c", script], timeout_s=20)
         return (done.stdout + done.stderr).decode()
