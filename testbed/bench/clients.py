@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import itertools
 import socket
 import struct
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
 
 from testbed.bench.objects import Target
 from testbed.errors import KernelError
@@ -15,12 +18,16 @@ from testbed.errors import KernelError
 _PATIENCE_S = 3.0
 _MOST = 100_000
 
+OWN_PORTS = range(10_000, 30_000)
+"""Of clients: none that the kernel chooses (net.ipv4.ip_local_port_range, from 32768 on)."""
 
-def first_answers(target: Target, duration_s: float) -> list[int]:
+
+def first_answers(target: Target, duration_s: float, ports: Sequence[int] = ()) -> list[int]:
     """Return how many nanoseconds each of many new connections took, one after the other: to connect, ask, have an answer.
 
     Args:
         duration_s: for so long; 0: once.
+        ports: of the client, in turn; none: the kernel chooses.
 
     Raises:
         KernelError: there was no answer, or a refusal.
@@ -29,12 +36,15 @@ def first_answers(target: Target, duration_s: float) -> list[int]:
     place = (target.address, target.http_port)
     at_once = struct.pack("ii", 1, 0)  # SO_LINGER: closed by a reset, so that no port is kept back
     took: list[int] = []
+    turn = itertools.cycle(ports)
     gc.disable()
     end = time.perf_counter() + duration_s
     try:
         while True:
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
                 connection.settimeout(_PATIENCE_S)
+                if ports:
+                    _bind(connection, turn)
                 started = time.perf_counter_ns()
                 connection.connect(place)
                 connection.sendall(request)
@@ -48,6 +58,17 @@ def first_answers(target: Target, duration_s: float) -> list[int]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise KernelError(f"connection {len(took) + 1} to {target.address}:{target.http_port}: {reason}") from error
+
+
+def _bind(connection: socket.socket, ports: Iterator[int]) -> None:
+    """Take the next port that nobody has."""
+    for port in ports:
+        try:
+            connection.bind(("", port))
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
 
 
 def fetch_metrics() -> str:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from testbed.bench import objects
-from testbed.bench.clients import fetch_metrics, first_answers
+from testbed.bench.clients import OWN_PORTS, fetch_metrics, first_answers
 from testbed.bench.machine import measured_cpu, pids_beside, read_offloads
 from testbed.bench.objects import Target
 from testbed.bench.parse import parse_iperf3_tcp, parse_iperf3_udp, parse_metrics, parse_service_order, parse_wrk
@@ -329,7 +329,11 @@ class LabSite:
         duration_s = self._benchmark.duration_s
         timeout_s = duration_s + _PROGRAM_WITHIN_S
         where = self._client_of(case.path)
-        took = self._lab.call(where, first_answers, self._target(case), duration_s, timeout_s=timeout_s)
+        # IPVS remembers a connection through a Service for ten seconds, and rewrites what its pod says to that port of the
+        # client, asked directly or not: whoever goes without a Service has ports of its own.
+        is_direct = case.path in (NetPath.DIRECT, NetPath.DIRECT_SAME_NODE)
+        ports = OWN_PORTS if is_direct else ()
+        took = self._lab.call(where, first_answers, self._target(case), duration_s, ports, timeout_s=timeout_s)
         return {f"p{share}": quantile(took, share / 100) / 1000 for share in (10, 50, 99)}
 
     def _forget_flows(self) -> None:
