@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from testbed.errors import InputError, KernelError
 from testbed.kernel import linux
+from testbed.kernel.netns import inside_mounts
 from testbed.kernel.rootfs import make_upper_folder, overlay_options
 from testbed.kubelet.runtime import Volume
 
@@ -62,7 +61,7 @@ class HostPaths:
             InputError: it is the lab's own.
             KernelError: it is not what its type says, or the kernel makes no overlay of it.
         """
-        with _inside_mounts(node_pidfd):
+        with inside_mounts(node_pidfd):
             path = os.path.realpath(volume.host_path)
             if _is_below(path, self._lab_folder) and not _is_below(path, f"{self._lab_folder}/api"):
                 raise InputError(f"volume {volume.name!r}: hostPath {volume.host_path!r} is the lab's own")
@@ -122,16 +121,3 @@ def _make_or_check(source: str, volume: Volume, *, makes_folder: bool) -> None:
             f'MountVolume.SetUp failed for volume "{volume.name}" : hostPath type check failed: {volume.host_path} is not a '
             f"{kind[1]}"
         )
-
-
-@contextmanager
-def _inside_mounts(pidfd: int) -> Iterator[None]:
-    own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        linux.setns(pidfd, linux.CLONE_NEWNS)
-        try:
-            yield
-        finally:
-            linux.setns(own, linux.CLONE_NEWNS)
-    finally:
-        os.close(own)

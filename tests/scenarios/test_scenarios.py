@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools_support import load_tool
 
 from testbed.kernel.pace import patient
 from testbed.manifests import find_scenarios, load_scenario
@@ -89,10 +89,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "35 of 35 rows passed" in done.stdout
-    spec = importlib.util.spec_from_file_location("tutorial", ROOT.parent / "tools" / "tutorial.py")
-    assert spec is not None and spec.loader is not None
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
+    generator = load_tool("tutorial")
     outputs = generator.outputs_of_run(json.loads((tmp_path / "scenario.json").read_text()))
     page = (ROOT.parent / "docs" / "tutorial.md").read_text()
     assert generator.normalized(generator.render(outputs)) == generator.normalized(page)

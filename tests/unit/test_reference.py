@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from tools_support import load_tool
 
 from testbed.errors import ManifestError
 from testbed.manifests import (
@@ -31,11 +31,7 @@ WEB = ROOT / "tests" / "unit" / "files" / "docs-web.yaml"
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "tools" / "reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("reference")
 
 
 @pytest.mark.parametrize("kind", ["fields of a topology", "fields of a scenario", "fields of a benchmark", "commands"])

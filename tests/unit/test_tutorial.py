@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tools_support import load_tool
 
 from testbed.manifests import find_scenarios, load_scenario
 
@@ -17,11 +17,7 @@ COURSE = ROOT / "scenarios" / "tutorial"
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tutorial", ROOT / "tools" / "tutorial.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("tutorial")
 
 
 def test_the_tutorial_has_35_rows() -> None:
