@@ -386,7 +386,9 @@ class CaptureSession:
         for process in self.processes:
             process.reap()
         if self._stop_ns is None and self._failure is None:  # every point is gone: did the lab take them along?
-            are_killed = all(process.status in (None, -signal.SIGKILL) for process in self.processes)
+            for process in self.processes:  # one that is not waited for would keep the lab from ending
+                process.close()
+            are_killed = all(process.status == -signal.SIGKILL for process in self.processes)
             within_s = _KILLED_LAB_END_WITHIN_S if are_killed else _LAB_END_WITHIN_S
             self._lab_ended = self._lab_ended or bool(self._cluster.lab.why_ended(within_s=within_s))
         self._tell_of_gone(float("inf"))
