@@ -14,6 +14,7 @@ from testbed.dataplane.nft_table import parse_listing
 from testbed.dataplane.trace import Node, Packet, Verdict, parse_rules, trace
 from testbed.dataplane.trace_nftables import trace_nftables
 from testbed.dataplane.userspace import trace_userspace
+from testbed.kernel.conntrack import delete_udp_flows, list_udp_flows
 from testbed.model.proxyconfig import parse_proxy_config
 from testbed.model.service import parse_network, parse_node
 from testbed.programs.proxy_modes import clean_up_other_modes, make_proxier
@@ -119,6 +120,8 @@ class Programmed:
         state, changed = tracker.take()
         with world.inside("node"):  # userspace mode opens ports there
             assert proxier.sync(state, changed, settings).refused == {}
+            # a client's port that the mode before has seen would still be sent where that one sent it
+            delete_udp_flows(list_udp_flows())
         self._userspace = proxier if isinstance(proxier, UserspaceProxier) else None
         self._state = state
         self._listing = runner.run(
