@@ -50,18 +50,20 @@ class FakeSite:
     Args:
         noise: standard deviation of each sample, as a share of its value.
         drift: how much faster the machine gets with each sample, the same for all paths.
+        slows: µs that each Service costs everybody's first answer, whatever the path.
         breaks: cases that a program refuses.
     """
 
     def __init__(
         self, mode: str, *, seed: int = 1, noise: float = 0.01, speed: float = 1.0, drift: float = 0.0,
-        breaks: Sequence[Case] = (),
+        slows: float = 0.0, breaks: Sequence[Case] = (),
     ) -> None:  # fmt: skip
         self.mode = mode
         self.services = 0
         self.asked: list[Case] = []
         self._chance = random.Random(f"{seed}/{mode}")
         self._noise, self._speed, self._drift, self._breaks = noise, speed, drift, breaks
+        self._slows = slows
 
     def prepare(self, services: int) -> None:
         assert services >= self.services, "Services are only added"
@@ -82,7 +84,9 @@ class FakeSite:
                 return {"requests": 20000 * self._speed * through * factor, "p50": 500.0, "p99": 4000.0, "errors": 0.0}
             case Workload.LATENCY:
                 passed = 0 if case.path.is_baseline else self.services * NS_PER_SERVICE[self.mode]
-                return {"p50": (50 / self._speed + passed) * factor, "p99": (90 + passed) * factor}
+                passed += self.services * self._slows
+                p50 = (50 / self._speed + passed) * factor
+                return {"p10": p50 * 0.9, "p50": p50, "p99": (90 + passed) * factor}
         return {"to_kernel": 40 * factor, "own": 30 * factor}
 
 
@@ -97,12 +101,15 @@ def a_machine(name: str = "host", kernel: str = "6.18.0") -> Machine:
 
 def run(
     asked: Benchmark | None = None, *, seed: int = 1, noise: float = 0.01, speed: float = 1.0, drift: float = 0.0,
-    machine: Machine | None = None,
+    slows: float = 0.0, machine: Machine | None = None,
 ) -> Results:  # fmt: skip
     """Return the results of a benchmark of fake sites."""
     asked = asked or benchmark()
     session = Session(machine=machine or a_machine(), recording=Recording())
-    sites = {mode: FakeSite(mode, seed=seed, noise=noise, speed=speed, drift=drift) for mode in asked.proxy_modes}
+    sites = {
+        mode: FakeSite(mode, seed=seed, noise=noise, speed=speed, drift=drift, slows=slows)
+        for mode in asked.proxy_modes
+    }
     record(asked, sites, session.recording, machine=session.machine.id)
     started = "2026-11-25T23:00:00+00:00"
     return judged(results_of(session, asked, started=started, duration_s=12.3, reason=""))

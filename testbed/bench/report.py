@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable
 
 from testbed.bench.compare import Change, Comparison
-from testbed.bench.results import Interval, Machine, Ratio, Results, Series, Slope, Verdict
+from testbed.bench.results import Beyond, Interval, Machine, Ratio, Results, Series, Slope, Verdict
 from testbed.scenario.report import aligned
 
 CSV_COLUMNS = (
@@ -104,10 +104,14 @@ def verdict_text(one: Verdict) -> str:
 
 def slope_text(one: Slope) -> str:
     unit, scale = ("ns", 1000.0) if one.unit == "µs" else (one.unit, 1.0)
-    shown = f"{one.per_service * scale:.3g} {unit} for each Service"
-    interval = f"95 %: {one.interval.low * scale:.3g} to {one.interval.high * scale:.3g}, R² {one.fit:.2f}"
+
+    def shown(line: Slope | Beyond, fit: str = "") -> str:
+        interval = f"95 %: {line.interval.low * scale:.3g} to {line.interval.high * scale:.3g}{fit}"
+        return f"{line.per_service * scale:.3g} {unit} for each Service ({interval})"
+
     what = " ".join(filter(None, (one.case, path_text(one), one.metric)))
-    return f"{what} in {mode_text(one.mode, one.machine)}: {shown} ({interval})"
+    text = f"{what} in {mode_text(one.mode, one.machine)}: {shown(one, f', R² {one.fit:.2f}')}"
+    return f"{text}; beyond {one.beyond.path} {shown(one.beyond)}" if one.beyond else text
 
 
 def machine_lines(machine: Machine) -> list[str]:

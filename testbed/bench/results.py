@@ -122,6 +122,15 @@ class Verdict(Part):
     enough: Annotated[bool, Meta(description="false: too few samples for intervals")]
 
 
+class Beyond(Part):
+    """A straight line through what a figure is more than that of the direct path, round by round, in the same kernel and mode."""
+
+    path: Annotated[str, Meta(description="the path that was taken off")]
+    per_service: Annotated[float, Meta(description="in the metric's unit")]
+    interval: Interval
+    rises: Annotated[bool, Meta(description="the slope is above 0 beyond noise")]
+
+
 class Slope(Part):
     """A straight line through one figure over the number of Services."""
 
@@ -137,6 +146,9 @@ class Slope(Part):
     interval: Interval
     fit: Annotated[float, Meta(description="R squared of the medians")]
     rises: Annotated[bool, Meta(description="the slope is above 0 beyond noise")]
+    beyond: Annotated[Beyond | None, Meta(description="beyond the direct path; null: not measured, or this is it")] = (
+        None
+    )
 
 
 class Skipped(Part):

@@ -9,7 +9,7 @@ from itertools import combinations
 from statistics import median
 from typing import Literal, cast
 
-from testbed.bench.results import Interval, Machine, Ratio, Series, Slope, Verdict
+from testbed.bench.results import Beyond, Interval, Machine, Ratio, Series, Slope, Verdict
 from testbed.bench.statistics import Range, fit_line, halves_agree, interval_of_median, quantile, relative_spread
 from testbed.model.benchmark import Case, Workload
 
@@ -153,6 +153,7 @@ def judge_modes(series: Sequence[Series]) -> list[Verdict]:
 def fit_slopes(series: Sequence[Series], seed: int) -> list[Slope]:
     """Return the line through each main figure that was taken at three or more numbers of Services."""
     groups: dict[tuple[str, ...], list[Series]] = defaultdict(list)
+    known = {(one.machine, one.mode, *one.key): one for one in series}
     for one in series:
         if one.main:
             workload, case, path, position, _, metric = one.key
@@ -160,16 +161,37 @@ def fit_slopes(series: Sequence[Series], seed: int) -> list[Slope]:
     slopes = []
     for group in groups.values():
         one = group[0]
-        line = fit_line({each.services: each.samples for each in group}, f"{seed}/{one.mode}/{one.subject}")
+        label = f"{seed}/{one.mode}/{one.subject}"
+        line = fit_line({each.services: each.samples for each in group}, label)
         if line:
             slopes.append(
                 Slope(
                     machine=one.machine, mode=one.mode, workload=one.workload, case=one.case, path=one.path,
                     position=one.position, metric=one.metric, unit=one.unit, per_service=line.slope,
                     interval=Interval(low=line.interval.low, high=line.interval.high), fit=line.fit, rises=line.rises,
+                    beyond=_beyond(group, known, label),
                 )
             )  # fmt: skip
     return slopes
+
+
+def _beyond(group: Sequence[Series], known: Mapping[tuple[str, ...], Series], label: str) -> Beyond | None:
+    """Fit what is left of a figure without the direct path's of the same round: what everything rises by cancels out."""
+    left: dict[float, list[float]] = {}
+    for one in group:
+        if one.ratio is None:
+            return None
+        base = known[one.machine, one.mode, one.workload, one.case, one.ratio.path, "", str(one.services), one.metric]
+        below = dict(zip(base.rounds, base.samples, strict=True))
+        pairs = zip(one.rounds, one.samples, strict=True)
+        left[one.services] = [value - below[number] for number, value in pairs if number in below]
+    line = fit_line(left, f"{label}/beyond")
+    if line is None:
+        return None
+    return Beyond(
+        path=base.path, per_service=line.slope, rises=line.rises,
+        interval=Interval(low=line.interval.low, high=line.interval.high),
+    )  # fmt: skip
 
 
 def find_noise(series: Sequence[Series], machines: Sequence[Machine], seed: int) -> list[str]:

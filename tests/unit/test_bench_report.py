@@ -19,7 +19,7 @@ from bench_world import EVERYTHING, LATENCY, THROUGHPUT, a_machine, benchmark, r
 from testbed.bench.assemble import join, judged, write_report
 from testbed.bench.compare import compare
 from testbed.bench.plots import plan_plots
-from testbed.bench.report import CSV_COLUMNS, comparison_text, csv_text, number, text_report, verdict_text
+from testbed.bench.report import CSV_COLUMNS, comparison_text, csv_text, number, slope_text, text_report, verdict_text
 from testbed.bench.results import Results, Skipped, read_results, results_json, results_schema
 from testbed.errors import InputError
 
@@ -65,8 +65,9 @@ def test_modes_are_told_apart_beyond_noise_only() -> None:
     """Equal modes are too noisy to tell apart; what iptables takes for 1,000 Services is seen when noise is small."""
     assert not any(verdict.differ for verdict in run().verdicts)
     asked = benchmark(cases=LATENCY, services=(5000,))
-    assert [(verdict.a, verdict.b, verdict.differ) for verdict in run(asked).verdicts] == [
-        ("iptables", "nftables", True)
+    assert [(verdict.metric, verdict.a, verdict.b, verdict.differ) for verdict in run(asked).verdicts] == [
+        ("p10", "iptables", "nftables", True),
+        ("p50", "iptables", "nftables", True),
     ]
     assert not any(verdict.differ for verdict in run(asked, noise=1.5).verdicts)
 
@@ -76,7 +77,8 @@ def test_one_sample_tells_nothing() -> None:
     results = run(benchmark(cases=LATENCY, samples=1, services=(5000,)))
     assert all(one.interval is None for one in results.series)
     assert [verdict_text(verdict) for verdict in results.verdicts] == [
-        "too few samples to tell iptables and nftables apart: first-answer clusterip (last) p50, 5000 Services"
+        f"too few samples to tell iptables and nftables apart: first-answer clusterip (last) {metric}, 5000 Services"
+        for metric in ("p10", "p50")
     ]
 
 
@@ -87,6 +89,21 @@ def test_slopes() -> None:
     assert found["iptables"].rises and found["iptables"].per_service == pytest.approx(0.0105, rel=0.1)
     assert not found["nftables"].rises
     assert not any(slope.rises for slope in results.slopes if slope.path == "direct")
+
+
+def test_slopes_beyond_the_direct_path() -> None:
+    """Where every connection takes longer with more Services, what iptables adds is seen beyond that, and nftables adds nothing."""
+    results = run(benchmark(cases=LATENCY, services=(0, 1000, 5000, 10000), samples=7), slows=0.07)
+    assert all(slope.rises for slope in results.slopes)
+    beyond = {
+        slope.mode: slope.beyond for slope in results.slopes if (slope.path, slope.metric) == ("clusterip", "p50")
+    }
+    assert beyond["iptables"] and beyond["iptables"].rises
+    assert beyond["iptables"].path == "direct" and beyond["iptables"].per_service == pytest.approx(0.0105, rel=0.3)
+    assert beyond["nftables"] and not beyond["nftables"].rises
+    assert all(slope.beyond is None for slope in results.slopes if slope.path == "direct")
+    text = slope_text(next(slope for slope in results.slopes if slope.beyond and slope.metric == "p50"))
+    assert "ns for each Service (95 %: 80" in text and "; beyond direct 10.8 ns for each Service (95 %: 10" in text
 
 
 def test_noise_is_told() -> None:
@@ -245,6 +262,7 @@ def test_plots(tmp_path: Path) -> None:
     results = run(benchmark(cases=(*THROUGHPUT[:3], *LATENCY), services=(0, 1000, 5000), samples=3))
     names = [plot.name for plot in plan_plots(results)]
     assert names == [
+        "latency-first-answer-p10-curve",
         "latency-first-answer-p50-bars",
         "latency-first-answer-p50-curve",
         "throughput-tcp-1-rate-bars",
@@ -281,6 +299,7 @@ def test_a_change_beyond_noise() -> None:
             one.mode == "iptables"
             and one.path == "clusterip"
             and one.services == 5000
+            and one.metric == "p50"
             and one.ratio
             and one.ratio.interval
         ):
@@ -295,9 +314,9 @@ def test_a_change_beyond_noise() -> None:
     text = comparison_text(comparison)
     assert (
         text.splitlines()[1].endswith("worse")
-        and text.splitlines()[-1] == "1 of 8 figures changed beyond noise; 7 did not"
+        and text.splitlines()[-1] == "1 of 16 figures changed beyond noise; 15 did not"
     )
-    assert len(comparison_text(comparison, every=True).splitlines()) == 1 + 8 + 1
+    assert len(comparison_text(comparison, every=True).splitlines()) == 1 + 16 + 1
 
 
 def test_a_faster_machine_is_no_change_of_a_path() -> None:
