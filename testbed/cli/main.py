@@ -53,7 +53,9 @@ def _run(interrupts: HeldInterrupts) -> int:
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         # At a terminal the line has ^C in it; click has ended that already, where it was the one to see it.
         begin = "" if isinstance(error, click.exceptions.Abort) else "\n"
-        click.echo(f"{begin}interrupted: what this command had started is gone", err=True)
+        exception = f"{error.__cause__ or error}"  # click wraps what it sees first
+        but_for = f", but for {exception}" if exception else ""
+        click.echo(f"{begin}interrupted: what this command had started is gone{but_for}", err=True)
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()

@@ -93,6 +93,18 @@ def run_scenarios(paths: Sequence[Path], options: RunOptions) -> int:
             "with this command; to look around in one, run `testbed vm -- bash` and `testbed run … --keep` there"
         )
     narrator = _Narrator(to_stderr=options.output != "text")
+    try:
+        return _run_planned(planned, skipped, backend, narrator, options)
+    except KeyboardInterrupt:
+        if not narrator.kept:
+            raise
+        raise KeyboardInterrupt(f"lab {narrator.kept}, which is kept: `testbed down {narrator.kept}`") from None
+
+
+def _run_planned(
+    planned: Sequence[_Planned], skipped: list[tuple[str, str, str]], backend: str, narrator: _Narrator, options: RunOptions
+) -> int:  # fmt: skip
+    """Run everything, here and in nested kernels, and report; return the exit status."""
     found: dict[tuple[str, str], tuple[ScenarioResult, str]] = {}
     refused = None
     try:
@@ -325,6 +337,7 @@ class _Narrator:
         self._err = to_stderr
         self._terminal = (sys.stderr if to_stderr else sys.stdout).isatty()
         self.report = TextReport(colours=self._terminal)
+        self.kept = ""  # the lab that outlives this command
 
     def say(self, text: str) -> None:
         click.echo(text, err=self._err)
@@ -369,7 +382,9 @@ def _run_together(
                 raise LabError(f"scenario {one.scenario.name} in {one.mode}: {ended}")
             is_last = number == len(planned)
             if keep and is_last:
-                lab.detach()
+                with HeldInterrupts():
+                    lab.detach()
+                    narrator.kept = name
                 narrator.say(f"lab {name} is kept: `testbed exec -l {name} …`, `testbed down {name}`")
             if not result.passed:
                 break

@@ -595,6 +595,23 @@ def test_run_keeps_the_last_lab(testbed_: Testbed, labs: Labs) -> None:
     assert "lab other is kept: `testbed exec -l other …`, `testbed down other`\n" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("options", "but_for"), [([], ""), (["--keep"], ", but for lab other, which is kept: `testbed down other`")]
+)
+def test_ctrl_c_after_the_last_lab(
+    testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch, options: list[str], but_for: str
+) -> None:
+    """What is left is told: nothing, or the lab that was to be kept and is."""
+
+    def interrupted(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(testbed.cli.run, "_report", interrupted)
+    ended = testbed_("run", "runs", "other", *options)
+    assert (ended.status, labs[-1][1].kept) == (130, bool(options))
+    assert ended.err.strip() == f"interrupted: what this command had started is gone{but_for}"
+
+
 def test_a_lab_that_does_not_start(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own words and status."""
 
