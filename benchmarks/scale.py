@@ -16,14 +16,14 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from echo_pods import ask, deployment_and_service, memory_used_mib, served_by, until
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,22 +33,6 @@ SPACE = "scale"
 NODE_PORT = 30080
 AT_MOST_S = 600.0
 A_DEPLOYMENT = 50  # replicas
-_SERVED_BY = re.compile(rb"^X-Served-By: (\S+)", re.MULTILINE)
-
-
-def memory_used_mib() -> float:
-    """Return what the machine uses without caches, but with the labs' tmpfs (Shmem counts as cache)."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    values = {name: int(text.split()[0]) for name, text in fields.items()}
-    return (values["MemTotal"] - values["MemAvailable"]) / 1024
-
-
-def until(check: Callable[[], bool], what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + AT_MOST_S
-    while not check():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"after {AT_MOST_S:g} s: {what()}")
-        time.sleep(0.1)
 
 
 # ── many labs ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -94,8 +78,7 @@ def who_answers(lab_name: str) -> str:
     url = f"http://192.168.93.11:{NODE_PORT}/"
     with Lab.find(lab_name) as lab:
         done = lab.run("client", ["curl", "-sSi", "-m", "5", url], timeout_s=30)
-    found = _SERVED_BY.search(done.stdout)
-    return found[1].decode() if found else ""
+    return served_by(done.stdout)
 
 
 def labs_at_once(count: int) -> dict[str, float]:
@@ -110,7 +93,9 @@ def labs_at_once(count: int) -> dict[str, float]:
         started = time.monotonic()
         ready_s = together([["up", name, "-t", "three-nodes", "-f", f"{folder}/{name}.json"] for name in names])
         for name in names:
-            until(lambda name=name: bool(who_answers(name)), lambda name=name: f"nobody answers in lab {name}")  # type: ignore[misc]
+            until(
+                lambda name=name: bool(who_answers(name)), lambda name=name: f"nobody answers in lab {name}", AT_MOST_S
+            )  # type: ignore[misc]
         answered_s = time.monotonic() - started
         for name in names:
             if (who := who_answers(name)) != f"default/{name}":
@@ -163,46 +148,12 @@ def deployments(pods: int) -> list[int]:
     return [A_DEPLOYMENT] * whole + ([rest] if rest else [])
 
 
-def deployment_and_service(number: int, replicas: int) -> list[dict[str, Any]]:
-    metadata, labels = {"name": f"app-{number}", "namespace": SPACE}, {"app": f"app-{number}"}
-    container = {"name": "echo", "image": "echo", "ports": [{"containerPort": 8080}]}
-    return [
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": metadata,
-            "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": 8080}]},
-        },
-        {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": metadata,
-            "spec": {
-                "replicas": replicas,
-                "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
-            },
-        },
-    ]
-
-
 def ask_from(network_fd: int, addresses: list[str]) -> list[str]:
     """Return who answered at each address, as asked from a network namespace."""
-    import socket
-
     from testbed.kernel.netns import inside_network
 
-    answered = []
     with inside_network(network_fd):
-        for address in addresses:
-            with socket.create_connection((address, 80), timeout=10) as connection:
-                connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                data = b""
-                while chunk := connection.recv(4096):
-                    data += chunk
-            found = _SERVED_BY.search(data)
-            answered.append(found[1].decode() if found else "")
-    return answered
+        return [ask(address, 80) for address in addresses]
 
 
 def many_nodes(nodes: int, pods_each: int, mode: str) -> dict[str, float]:
@@ -223,20 +174,20 @@ def many_nodes(nodes: int, pods_each: int, mode: str) -> dict[str, float]:
         started = time.monotonic()
         lab.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE}})
         for number, replicas in enumerate(sizes):
-            for obj in deployment_and_service(number, replicas):
+            for obj in deployment_and_service(f"app-{number}", SPACE, replicas):
                 lab.api.create(obj)
 
         def available() -> int:
             found, _ = lab.api.list("deployments.apps", SPACE)
             return sum((each.get("status") or {}).get("availableReplicas", 0) for each in found)
 
-        until(lambda: available() == pods, lambda: f"{available()} of {pods} pods are available")
+        until(lambda: available() == pods, lambda: f"{available()} of {pods} pods are available", AT_MOST_S)
         pods_s = time.monotonic() - started
         found, _ = lab.api.list("pods", SPACE)
         names = sorted(f"{SPACE}/{pod['metadata']['name']}" for pod in found)
         services, _ = lab.api.list("services", SPACE)
         addresses = [service["spec"]["clusterIP"] for service in services]
-        until(lambda: not examine(lab)[0], lambda: f"the doctor finds {examine(lab)[0]}")
+        until(lambda: not examine(lab)[0], lambda: f"the doctor finds {examine(lab)[0]}", AT_MOST_S)
         ready_s = time.monotonic() - started
         asked = time.monotonic()
         seen: set[str] = set()

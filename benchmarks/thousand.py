@@ -3,72 +3,22 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Any
+
+from echo_pods import ask, deployment_and_service, memory_used_mib, until
 
 PODS = 1000
 NAMESPACE = "bench"
-
-
-def objects() -> list[dict[str, Any]]:
-    labels = {"app": "echo"}
-    container = {"name": "echo", "image": "echo", "ports": [{"containerPort": 8080}]}
-    return [
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}},
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "echo", "namespace": NAMESPACE},
-            "spec": {"selector": labels, "ports": [{"port": 80, "targetPort": 8080}]},
-        },
-        {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": "echo", "namespace": NAMESPACE},
-            "spec": {
-                "replicas": PODS,
-                "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
-            },
-        },
-    ]
-
-
-def memory_used_mib() -> float:
-    """Return what the machine uses without caches, but with the lab's tmpfs (Shmem counts as cache)."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    values = {name: int(text.split()[0]) for name, text in fields.items()}
-    return (values["MemTotal"] - values["MemAvailable"]) / 1024
+AT_MOST_S = 120.0
 
 
 def ask_each(addresses: list[str]) -> int:
     """Runs in a node: return how many of the addresses answered an HTTP request with the name of a pod."""
-    import socket
-
-    answered = 0
-    for address in addresses:
-        with socket.create_connection((address, 8080), timeout=5) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            data = b""
-            while chunk := connection.recv(4096):
-                data += chunk
-            answered += b"X-Served-By: bench/" in data
-    return answered
+    return sum(ask(address, 8080, timeout_s=5).startswith(f"{NAMESPACE}/") for address in addresses)
 
 
 def ask_service(address: str, times: int) -> int:
     """Runs in a node: return how many different pods answered through the Service."""
-    import socket
-
-    seen = set()
-    for _ in range(times):
-        with socket.create_connection((address, 80), timeout=5) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            data = b""
-            while chunk := connection.recv(4096):
-                data += chunk
-        seen.add(next(line for line in data.split(b"\r\n") if line.startswith(b"X-Served-By:")))
-    return len(seen)
+    return len({ask(address, 80, timeout_s=5) for _ in range(times)})
 
 
 def thousand_pods() -> dict[str, float]:
@@ -80,17 +30,16 @@ def thousand_pods() -> dict[str, float]:
     before = memory_used_mib()
     with start_lab(topology, name="bench-thousand", proxy_mode="iptables", attached=True) as lab:
         started = time.monotonic()
-        for obj in objects():
+        lab.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+        for obj in deployment_and_service("echo", NAMESPACE, PODS):
             lab.api.create(obj)
-        deadline = started + 120
-        while True:
+
+        def available() -> int:
             status = lab.api.get("deployments.apps", NAMESPACE, "echo").get("status", {})
-            if status.get("availableReplicas") == PODS:
-                break
-            if time.monotonic() > deadline:
-                raise SystemExit(f"only {status.get('availableReplicas')} of {PODS} pods were available after 120 s")
-            time.sleep(0.1)
-        available = time.monotonic() - started
+            return int(status.get("availableReplicas", 0))
+
+        until(lambda: available() == PODS, lambda: f"{available()} of {PODS} pods are available", AT_MOST_S)
+        available_s = time.monotonic() - started
         pods, _ = lab.api.list("pods", NAMESPACE)
         answered = lab.call("node1", ask_each, [pod["status"]["podIP"] for pod in pods], timeout_s=60)
         if answered != PODS:
@@ -100,7 +49,7 @@ def thousand_pods() -> dict[str, float]:
         through = lab.call("node1", ask_service, service, 500, timeout_s=60)
         memory = memory_used_mib() - before
     return {
-        "thousand_available_s": round(available, 1),
+        "thousand_available_s": round(available_s, 1),
         "thousand_ready_s": round(ready, 1),
         "thousand_mib": round(memory),
         "thousand_seen_in_500_requests": through,
