@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,12 @@ T = TypeVar("T")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the long forms as well")
     parser.addoption("--update-golden", action="store_true", help="write what comes out now into the golden files")
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, and have programs under test hear it, also where a shell has put us into the background deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
