@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
@@ -72,6 +73,51 @@ class FakeKubelet:
         return self._registry.update("pods", {**current, "status": new}, subresource="status")
 
 
+class FakeTimers:
+    """Calls that are to come at some time of a clock by hand, in order, as an event loop has them."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._numbers = count(1)
+        self._order: list[tuple[float, int]] = []
+        self._calls: dict[int, Callable[[], None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> FakeTimer:
+        number = next(self._numbers)
+        heapq.heappush(self._order, (self._clock() + delay_s, number))
+        self._calls[number] = call
+        return FakeTimer(self._calls, number)
+
+    @property
+    def next_s(self) -> float | None:
+        """When the next one is due, if there is any."""
+        while self._order and self._order[0][1] not in self._calls:
+            heapq.heappop(self._order)
+        return self._order[0][0] if self._order else None
+
+    def ring_next(self, until_s: float) -> bool:
+        """Make the next call if it is due by then; say whether it was."""
+        due = self.next_s
+        if due is None or due > until_s:
+            return False
+        self._calls.pop(heapq.heappop(self._order)[1])()
+        return True
+
+
+@dataclass(frozen=True)
+class FakeTimer:
+    """One of them."""
+
+    among: dict[int, Callable[[], None]]
+    number: int
+
+    def cancel(self) -> None:
+        self.among.pop(self.number, None)
+
+
 class World:
     """One cluster in memory. ``settle`` lets everything happen that needs no time to pass."""
 
@@ -80,8 +126,7 @@ class World:
     ) -> None:  # fmt: skip
         self.now_s = 0.0
         self._clock = clock or (lambda: self.now_s)
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = count(1)
+        self._timers = FakeTimers(self._clock)
         uids = count(1)
         self.errors: list[tuple[Key, Exception]] = []
         self.store = Store(now=self.now, new_uid=lambda: f"uid-{next(uids)}")
@@ -92,7 +137,7 @@ class World:
             self.registry,
             default_controllers(config, pick=self._pick),
             now_s=self._clock,
-            call_later=self._call_later,
+            call_later=self._timers.call_later,
             on_error=lambda key, error: self.errors.append((key, error)),
         )
         self.driver.start()
@@ -108,31 +153,24 @@ class World:
         self._chance = (self._chance * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX generator
         return (self._chance >> 33) % n
 
-    def _call_later(self, delay_s: float, call: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (self._clock() + delay_s, next(self._numbers), call))
-
     # --- time ---
 
     def settle(self) -> None:
         """Let controllers and kubelets work until nothing is left to do now."""
         for _ in range(100_000):
             self.driver.run_pending()
-            if self._timers and self._timers[0][0] <= self._clock():
-                heapq.heappop(self._timers)[2]()
-            elif sum(self.kubelet.step() for _ in range(self.kubelet.at_once)) == 0:
+            if self._timers.ring_next(self._clock()):
+                continue
+            if sum(self.kubelet.step() for _ in range(self.kubelet.at_once)) == 0:
                 return
         raise AssertionError("the controllers do not come to rest")
-
-    @property
-    def next_timer_s(self) -> float | None:
-        return self._timers[0][0] if self._timers else None
 
     def advance(self, seconds: float) -> None:
         """Let time pass, and everything happen on its way."""
         end = self.now_s + seconds
         self.settle()
-        while self._timers and self._timers[0][0] <= end:
-            self.now_s = max(self.now_s, self._timers[0][0])
+        while (due := self._timers.next_s) is not None and due <= end:
+            self.now_s = max(self.now_s, due)
             self.settle()
         self.now_s = end
         self.settle()

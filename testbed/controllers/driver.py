@@ -30,6 +30,7 @@ _REST_PER_WORK = 4.0
 _CHEAP_S = 0.002
 # Others on the same thread get their turn in between: a thousand new pods are seconds of work.
 _TURN_S = 0.05
+_FEW = 64
 _RUN_LIMIT = 20_000  # two controllers that undo each other's work must not stop the lab
 
 
@@ -45,6 +46,12 @@ class Controller(Protocol):
 
     def reconcile(self, key: Key, registry: Registry) -> float | None:
         """Do what is due for a key, which may be gone; return in how many seconds to look again, None for never."""
+
+
+class Timer(Protocol):
+    """A call that is to come, such as an `asyncio.TimerHandle`."""
+
+    def cancel(self) -> object: ...
 
 
 _Item = tuple[int, Key]  # number of the controller, what to reconcile
@@ -65,7 +72,7 @@ class ControllerDriver:
         controllers: Sequence[Controller],
         *,
         now_s: Callable[[], float],
-        call_later: Callable[[float, Callable[[], None]], object],
+        call_later: Callable[[float, Callable[[], None]], Timer],
         on_error: Callable[[Key, Exception], None],
     ) -> None:
         self._registry = registry
@@ -84,8 +91,9 @@ class ControllerDriver:
         self._watching_all = [number for number, one in enumerate(self._controllers) if one.watches is None]
         self._queue: deque[_Item] = deque()
         self._queued: set[_Item] = set()
-        self._timers: dict[_Item, float] = {}  # when it is due; a timer that finds another time here is void
+        self._timers: dict[_Item, tuple[float, Timer]] = {}  # when it is due
         self._rests: dict[_Item, float] = {}  # not again before
+        self._most_rests = _FEW
         self._failures: dict[_Item, int] = {}
         self._seen_revision = 0
         self._running = False
@@ -108,7 +116,8 @@ class ControllerDriver:
             self._subscription.cancel()
         self._queue.clear()
         self._queued.clear()
-        self._timers.clear()
+        for item in list(self._timers):
+            self._cancel_timer(item)
         self._has_had_turn = False
 
     def run_pending(self, limit: int = _RUN_LIMIT) -> int:
@@ -156,7 +165,7 @@ class ControllerDriver:
         rest_until = self._rests.get(item)
         if rest_until is not None:
             if self._now_s() < rest_until:
-                if self._timers.get(item, rest_until) >= rest_until:
+                if item not in self._timers or self._timers[item][0] >= rest_until:
                     self._set_timer(item, rest_until)
                 return
             del self._rests[item]
@@ -164,22 +173,33 @@ class ControllerDriver:
         self._queue.append(item)
 
     def _set_timer(self, item: _Item, due: float) -> None:
-        if self._timers.get(item) == due:
+        if item in self._timers and self._timers[item][0] == due:
             return
-        self._timers[item] = due
+        self._cancel_timer(item)
 
         def ring() -> None:
-            if self._timers.get(item) == due:
-                del self._timers[item]
-                self._rests.pop(item, None)
-                self._mark(item)
-                self.run_pending()
+            del self._timers[item]
+            self._rests.pop(item, None)
+            self._mark(item)
+            self.run_pending()
 
-        self._call_later(max(due - self._now_s(), 0.0), ring)
+        self._timers[item] = due, self._call_later(max(due - self._now_s(), 0.0), ring)
+
+    def _cancel_timer(self, item: _Item) -> None:
+        """Have an item ring no more. A timer that is only ignored would be kept until it is due, ten minutes for a Deployment."""
+        if timer := self._timers.pop(item, None):
+            timer[1].cancel()
+
+    def _rest(self, item: _Item, until: float) -> None:
+        self._rests[item] = until
+        if len(self._rests) > self._most_rests:  # those of objects that are gone, and never asked about again
+            now = self._now_s()
+            self._rests = {item: until for item, until in self._rests.items() if until > now}
+            self._most_rests = 2 * len(self._rests) + _FEW
 
     def _reconcile(self, item: _Item) -> None:
         number, key = item
-        self._timers.pop(item, None)
+        self._cancel_timer(item)
         began = self._now_s()
         try:
             again_in = self._controllers[number].reconcile(key, self._registry)
@@ -190,17 +210,18 @@ class ControllerDriver:
         now = self._now_s()
         cost = now - began
         if cost > _CHEAP_S:
-            self._rests[item] = now + _REST_PER_WORK * cost
+            self._rest(item, now + _REST_PER_WORK * cost)
             if item in self._queued:  # its own writes made it dirty again; that can wait, too
                 self._queue.remove(item)
                 self._queued.discard(item)
-                self._set_timer(item, self._rests[item])
+                self._set_timer(item, now + _REST_PER_WORK * cost)
                 return
         if again_in is not None:
             self._set_timer(item, now + again_in)
 
     def _retry(self, item: _Item, error: Exception) -> None:
         if _namespace_is_going(error):
+            self._failures.pop(item, None)
             return  # nothing can be created there any more, and nothing has to be
         failures = self._failures[item] = self._failures.get(item, 0) + 1
         if isinstance(error, ApiError) and error.reason == "Conflict" and failures <= _IMMEDIATE_RETRIES:
