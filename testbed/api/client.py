@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -368,7 +368,7 @@ class Watch:
     def __next__(self) -> tuple[str, Object]:
         kind, obj = next(self._lines)
         if kind == "ERROR":
-            self.close()
+            self._lines.close()
             raise _error_of(obj, 500)
         return kind, obj
 
@@ -379,15 +379,16 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        self._lines.close()
 
     def close(self) -> None:
-        """End the watch; may be called from another thread, whose iteration then stops."""
+        """End the watch; may be called from another thread: the iteration then stops, and closes the connection."""
         self._closed = True
         if self._connection.sock is not None:
             with contextlib.suppress(OSError):
                 self._connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
 
-    def _read(self, path: str) -> Iterator[tuple[str, Object]]:
+    def _read(self, path: str) -> Generator[tuple[str, Object], None, None]:
         try:
             self._connection.request("GET", path, headers={"Accept": "application/json", **self._server.headers()})
             response = self._connection.getresponse()

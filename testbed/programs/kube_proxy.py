@@ -98,6 +98,7 @@ class Api(Protocol):
         label_selector: str = "",
         field_selector: str = "",
         timeout_s: float | None = None,
+        bookmarks: bool = False,
     ) -> Iterator[tuple[str, Object]]: ...
 
 
@@ -189,6 +190,7 @@ class Watcher:
             label_selector=self._label_selector,
             field_selector=self._field_selector,
             timeout_s=_WATCH_TIMEOUT_S,
+            bookmarks=True,  # so that a place where nothing changes is not forgotten while others change
         )
         for kind, obj in events:
             seen += 1

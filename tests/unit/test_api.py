@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -182,6 +184,24 @@ def test_watch_from_a_forgotten_version_is_410(lab: Lab) -> None:
     with lab.client.watch("services", resource_version="3") as watch:
         error = refusal(next, watch)
     assert (error.code, error.reason, str(error)) == (410, "Expired", "too old resource version: 3 (14)")
+
+
+def test_a_watch_that_is_over_leaves_no_connection(lab: Lab, eventually: Callable[..., Any]) -> None:
+    """Neither one that the server refused to go on with nor one that was left: kube-proxy looks for garbage hardly ever."""
+    for number in range(20):
+        lab.client.create(service(f"s{number}"))
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            refusal(next, lab.client.watch("services", resource_version="3"))
+            with lab.client.watch("services") as left:
+                next(left)
+        # the server is in this process, too, and has the other ends
+        eventually(lambda: len(os.listdir("/proc/self/fd")) == before)
+    finally:
+        gc.enable()
 
 
 def test_watch_with_a_selector(lab: Lab) -> None:

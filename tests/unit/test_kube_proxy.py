@@ -352,8 +352,9 @@ class FakeApi:
         return self.items, "10"
 
     def watch(
-        self, resource: str, namespace: str | None = None, *, resource_version: str = "", **rest: Any
+        self, resource: str, namespace: str | None = None, *, resource_version: str = "", bookmarks: bool, **rest: Any
     ) -> Iterator[Any]:
+        assert bookmarks, "else a quiet resource is listed again whenever the history of the others has moved on"
         self.asked.append(("watch", resource_version))
         step = self.script.pop(0) if self.script else []
         if isinstance(step, Exception):
