@@ -230,7 +230,7 @@ class Client:
         while not (seen := check()):
             if time.monotonic() > deadline:
                 raise SystemExit(f"{self._space}: not within {SETTLES_WITHIN_S:g} s: {what}")
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(patient(LOOK_EVERY_S))
         return seen
 
 

@@ -423,7 +423,8 @@ _FULL = f"{_PREFIX}full_proxy_rules_duration_seconds"
 
 
 def is_synced(metrics: Mapping[str, Any]) -> bool:
-    """Say whether nothing waits to be written."""
+    """Say whether nothing waits to be written; a kube-proxy that says nothing, or has written nothing yet, is not."""
     pending = sum(metrics.get(f"{_PREFIX}proxy_rules_{what}_changes_pending", 0) for what in ("service", "endpoint"))
     queued = metrics.get(f"{_PREFIX}proxy_rules_last_queued_timestamp_seconds", 0)
-    return not pending and bool(metrics.get(_LAST, 0) >= queued)
+    last = metrics.get(_LAST, 0)
+    return not pending and bool(last > 0 and last >= queued)

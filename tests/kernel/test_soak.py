@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,8 @@ WARM_UP = 0.3
 HISTORY = 4096
 """Of the store: so many changes are kept for watchers, and memory grows until there are as many."""
 MAY_GROW = 0.05
+LOOKS = 5
+LOOK_EVERY_S = 0.3
 NOISE_KIB = 1024
 """Growth below which a small process is not judged: one arena of the C library."""
 
@@ -73,6 +76,9 @@ class Vitals:
     rss_kib: int
     descriptors: int
 
+    def least(self, other: Vitals) -> Vitals:
+        return Vitals(self.name, min(self.rss_kib, other.rss_kib), min(self.descriptors, other.descriptors))
+
 
 @contextlib.contextmanager
 def soak_lab(mode: str) -> Iterator[Lab]:
@@ -91,7 +97,7 @@ def soak(lab: Lab, mode: str, seconds: float, seed: int, folder: Path) -> Soaked
     running = []
     for client, place in enumerate(PLACES):
         order = Order(
-            lab=lab.name, client=client, seed=seed, mode=mode, seconds=seconds, place=place, rate=RATE,
+            lab=lab.name, client=client, seed=seed, mode=mode, seconds=seconds, place=place, rate=RATE / patient(1),
             failures=str(folder / f"load-{client}"),
         )  # fmt: skip
         argv = [sys.executable, str(CLIENT), json.dumps(asdict(order))]
@@ -145,12 +151,16 @@ def revision(lab: Lab) -> int:
 
 
 def vitals(lab: Lab) -> dict[int, Vitals]:
-    found = {}
-    for pid, (name, _) in processes(lab).items():
-        with contextlib.suppress(OSError, StopIteration):
-            status = Path(f"/proc/{pid}/status").read_text().splitlines()
-            rss = next(int(line.split()[1]) for line in status if line.startswith("VmRSS:"))
-            found[pid] = Vitals(name, rss, len(os.listdir(f"/proc/{pid}/fd")))
+    """Return the least that each process was seen with: a probe's connection or the pipes of a program come and go."""
+    found: dict[int, Vitals] = {}
+    for _ in range(LOOKS):
+        for pid, (name, _) in processes(lab).items():
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{pid}/status").read_text().splitlines()
+                rss = next(int(line.split()[1]) for line in status if line.startswith("VmRSS:"))
+                seen = Vitals(name, rss, len(os.listdir(f"/proc/{pid}/fd")))
+                found[pid] = found.get(pid, seen).least(seen)
+        time.sleep(LOOK_EVERY_S)
     return found
 
 
