@@ -3,25 +3,57 @@
 Standard input: lines of JSON, each the whole list of ``[key, address, port]`` to ask from then on; each is answered by a line
 ``{"asking": number}``, after which nothing of the list before is under way. With the end of the input it ends, and says
 ``{"answered": {key: number}}``. A request that failed is a line ``{"failed": key, "begin": s, "end": s, "why": text}``.
+
+Each target is asked from ports of its own: a node whose IPVS remembers a connection through its NodePort takes another one
+from the same port to the same pod, through a ClusterIP of the client's node, for the first, and its answers go astray
+(docs/proxy-modes.md). That is IPVS, on every cluster, and not what is looked for here.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import select
 import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from itertools import cycle
 
 PATIENCE_S = 5.0
+PORTS = range(33_000, 61_000)
+SHARES = 16
+"""Three apps, each with a NodePort on three nodes and two ports of its ClusterIP."""
 REQUEST = b"GET / HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n\r\n"
 
 
-def ask(address: str, port: int) -> str:
+class Ports:
+    """The ports that each target is asked from, in turn."""
+
+    def __init__(self) -> None:
+        self._turns: dict[tuple[str, int], Iterator[int]] = {}
+
+    def bind(self, connection: socket.socket, target: tuple[str, int]) -> None:
+        """Take the target's next port that nobody has."""
+        if target not in self._turns:
+            self._turns[target] = cycle(PORTS[len(self._turns) % SHARES :: SHARES])
+        for port in self._turns[target]:
+            try:
+                connection.bind(("", port))
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+
+
+def ask(address: str, port: int, ports: Ports) -> str:
     """Return why there was no answer, '' when there was one."""
     try:
-        with socket.create_connection((address, port), timeout=PATIENCE_S) as connection:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
+            connection.settimeout(PATIENCE_S)
+            ports.bind(connection, (address, port))
+            connection.connect((address, port))
             connection.sendall(REQUEST)
             answer = b""
             while data := connection.recv(65536):
@@ -38,6 +70,7 @@ def say(**what: object) -> None:
 def main(rate: float) -> None:
     targets: list[tuple[str, str, int]] = []
     answered: Counter[str] = Counter()
+    ports = Ports()
     turn = 0
     due = time.monotonic()
     while True:
@@ -54,7 +87,7 @@ def main(rate: float) -> None:
         turn += 1
         key, address, port = targets[turn % len(targets)]
         begin = time.monotonic()
-        why = ask(address, port)
+        why = ask(address, port, ports)
         if why:
             say(failed=key, begin=begin, end=time.monotonic(), why=why)
         else:
