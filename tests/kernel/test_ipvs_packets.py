@@ -59,6 +59,18 @@ for line in sys.stdin:
     except OSError as error: answer = type(error).__name__
     sys.stdout.write(json.dumps(answer) + "\\n"); sys.stdout.flush()
 """
+_FROM_ONE_PORT = """
+import json, socket, sys
+for address in sys.argv[2:]:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.settimeout(3)
+        s.bind(("", int(sys.argv[1])))
+        try:
+            s.connect((address, 80)); answer = s.recv(100).decode()
+        except OSError as error: answer = type(error).__name__
+    sys.stdout.write(json.dumps(answer) + "\\n"); sys.stdout.flush()
+"""
 
 
 class Programmed:
@@ -142,6 +154,18 @@ def test_turns_affinity_and_other_ports(programmed: Programmed) -> None:
     assert len(world.ask("client", "172.30.0.1", 80, times=2)) == 2
     assert len(world.ask("client", "172.30.0.9", 80, times=6)) == 1
     assert world.ask("client", "172.30.0.1", 81, times=1) == ["refused"]
+
+
+def test_a_closed_connection_is_remembered(programmed: Programmed) -> None:
+    """A connection straight to a pod, from the port of one through a Service to it, is taken for that one: its answer is lost."""
+    for port, addresses, answers in (
+        (33_001, (HERE, "172.30.0.7"), [f"pod1 {POD}"] * 2),
+        (33_002, ("172.30.0.7", HERE), [f"pod1 {POD}", "TimeoutError"]),
+        (33_003, ("172.30.0.7", THERE), [f"pod1 {POD}", f"pod2 {POD}"]),
+    ):
+        with program(programmed.world, "client", _FROM_ONE_PORT, str(port), *addresses) as client:
+            assert client.stdout
+            assert [json.loads(client.stdout.readline()) for _ in addresses] == answers, (port, addresses)
 
 
 @contextlib.contextmanager
