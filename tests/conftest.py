@@ -8,12 +8,17 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import hypothesis
 import pytest
 from nested import hand_over
 
 from testbed.kernel.pace import patient
 
 T = TypeVar("T")
+
+# An example's time says how busy the machine is, not what is right.
+hypothesis.settings.register_profile("testbed", deadline=None)
+hypothesis.settings.load_profile("testbed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
