@@ -285,7 +285,8 @@ def test_udp_and_its_flows(api: ApiClient, node: NodeNamespace, here: Node, even
         eventually(lambda: "172.30.0.11" in save(node, Backend.LEGACY))
         assert "dst=172.30.0.10" in flows()
         api.delete("services", "ns", "dns")
-        eventually(lambda: "dst=172.30.0.10" not in flows())
+        # Within the 30 s after which the kernel would forget it by itself.
+        eventually(lambda: "dst=172.30.0.10" not in flows(), within_s=15)
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
