@@ -18,9 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from testbed.kernel.netns import inside_network
+from testbed.kernel.pace import patient
 from testbed.kernel.runner import SubprocessRunner
 
 NODE_IP, OUTSIDE, BLOCKED = "192.168.0.2", "203.0.113.2", "203.0.113.130"
+SILENCE_S = 0.7
+"""How long to wait where no answer is expected."""
 PODS = {"pod1": "10.180.0.1", "pod2": "10.180.1.1", "client": "10.180.2.1"}
 
 _SERVER = """
@@ -41,10 +44,10 @@ while True:
 
 _CLIENT = """
 import json, socket, sys
-def ask(source, address, port, protocol):
+def ask(source, address, port, protocol, patience_s):
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET, kind) as s:
-        s.settimeout(0.7)
+        s.settimeout(patience_s)
         if source: s.bind((source, 0))
         try:
             s.connect((address, port))
@@ -54,10 +57,10 @@ def ask(source, address, port, protocol):
         except TimeoutError: return "timeout"
         except OSError as error: return f"error: {error.strerror}"
 for line in sys.stdin:
-    source, address, port, protocol, times = json.loads(line)
+    source, address, port, protocol, times, patience_s = json.loads(line)
     found = set()
     for _ in range(times):
-        found.add(ask(source, address, port, protocol))
+        found.add(ask(source, address, port, protocol, patience_s))
         if found & {"timeout", "refused"}: break
     sys.stdout.write(json.dumps(sorted(found)) + "\\n"); sys.stdout.flush()
 """
@@ -85,12 +88,25 @@ class World:
             os.close(there)
 
     def ask(
-        self, where: str, address: str, port: int, *, source: str = "", protocol: str = "tcp", times: int = 24
+        self,
+        where: str,
+        address: str,
+        port: int,
+        *,
+        source: str = "",
+        protocol: str = "tcp",
+        times: int = 24,
+        answered: bool = True,
     ) -> list[str]:
-        """Return who answered in so many connections, as ``NAME SOURCE-IT-SAW``, or ``refused``, or ``timeout``."""
+        """Return who answered in so many connections, as ``NAME SOURCE-IT-SAW``, or ``refused``, or ``timeout``.
+
+        Args:
+            answered: whether something is expected to come back; else it is not waited for as long.
+        """
         asker = self.askers[where]
+        patience_s = patient(10) if answered else SILENCE_S
         assert asker.stdin and asker.stdout
-        asker.stdin.write(json.dumps([source, address, port, protocol, times]) + "\n")
+        asker.stdin.write(json.dumps([source, address, port, protocol, times, patience_s]) + "\n")
         asker.stdin.flush()
         return list(json.loads(asker.stdout.readline()))
 

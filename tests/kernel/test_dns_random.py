@@ -70,7 +70,6 @@ def run_inside() -> None:
 
         @settings(
             max_examples=200,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate],

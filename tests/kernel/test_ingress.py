@@ -392,7 +392,7 @@ def test_only_our_class_shows_an_address(world: World) -> None:
     def addresses(name: str) -> Any:
         return world.lab.api.get(INGRESSES, "dev", name).get("status", {}).get("loadBalancer", {}).get("ingress")
 
-    world.until(lambda: addresses("hosts") == [{"ip": service_ip}], within_s=5)
+    world.until(lambda: addresses("hosts") == [{"ip": service_ip}])
     assert not addresses("theirs")
     assert not addresses("nobodys")
 
@@ -742,7 +742,7 @@ def test_log_and_metrics(world: World) -> None:
         r"10\.244\.\d+\.\d+:8080 \d+ \d\.\d{3} 200 [0-9a-f]{32}", line,
     )  # fmt: skip
     wanted = 'nginx_ingress_controller_requests{canary="",host="both.com",ingress="paths",method="GET",namespace="dev",path="/foo",service="a",status="200"}'
-    world.until(lambda: wanted in world.controller_port("/metrics"), within_s=5)
+    world.until(lambda: wanted in world.controller_port("/metrics"))
     text = world.controller_port("/metrics")
     for name in (
         "request_duration_seconds_bucket", "nginx_process_connections{state=\"active\"}", "nginx_process_requests_total", "config_hash",

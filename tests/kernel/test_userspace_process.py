@@ -122,6 +122,13 @@ def here(node: NodeNamespace) -> Iterator[Node]:
         made.close()
 
 
+def name_of(pid: int) -> str:
+    """Return a process's name, '' when it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
 def web(**fields: Any) -> dict[str, Any]:
     return service("web", "172.30.0.41", node_port=30080, **fields)
 
@@ -207,7 +214,8 @@ def test_the_copying_process_is_killed(api: ApiClient, node: NodeNamespace, here
     eventually(lambda: here.ask("172.30.0.41", 80) == "one")
     rules = save(node, Backend.LEGACY)
     tasks = Path(f"/proc/{proxy.pid}/task").iterdir()
-    [child] = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    [child] = [pid for pid in children if name_of(pid) == "userspace-proxy"]  # there may be an iptables-save as well
     os.kill(child, signal.SIGKILL)
     assert here.ask("172.30.0.41", 80) == "one"  # waited for the next one
     assert save(node, Backend.LEGACY) == rules
@@ -277,7 +285,8 @@ def test_udp_and_its_flows(api: ApiClient, node: NodeNamespace, here: Node, even
         eventually(lambda: "172.30.0.11" in save(node, Backend.LEGACY))
         assert "dst=172.30.0.10" in flows()
         api.delete("services", "ns", "dns")
-        eventually(lambda: "dst=172.30.0.10" not in flows())
+        # Within the 30 s after which the kernel would forget it by itself.
+        eventually(lambda: "dst=172.30.0.10" not in flows(), within_s=15)
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])

@@ -80,7 +80,7 @@ def _descendants(pid: int) -> set[int]:
     """Return the processes that a process has started, and theirs."""
     try:
         children = set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    except FileNotFoundError:
+    except OSError:
         return set()
     return children.union(*map(_descendants, children))
 
@@ -88,7 +88,7 @@ def _descendants(pid: int) -> set[int]:
 def _is_uml(pid: int) -> bool:
     try:
         return b"linux.uml" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

@@ -125,7 +125,7 @@ def check(lab: Lab, method: str, path: str, body: bytes, content_type: str) -> N
 def long_form(request: pytest.FixtureRequest, short: int, full: int) -> settings:
     examples = full if request.config.getoption("--slow") else short
     quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=examples, deadline=None, suppress_health_check=quiet)
+    return settings(max_examples=examples, suppress_health_check=quiet)
 
 
 @pytest.mark.timeout(1200)

@@ -22,7 +22,7 @@ def test_quantiles(values: list[float], share: float, found: float) -> None:
     assert quantile(values, share) == found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(VALUES)
 def test_interval_is_within_the_samples_and_repeatable(values: list[float]) -> None:
     """An interval of the median never leaves the samples, and the same seed gives the same one."""

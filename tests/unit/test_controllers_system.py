@@ -437,21 +437,21 @@ def test_inside_a_store_callback_no_controller_works_on_old_news(bench: Bench) -
 
 
 def test_a_thousand_pods_come_up_in_seconds() -> None:
-    """1,000 replicas behind a Service, made ready one by one: no work that grows with the square."""
+    """1,000 replicas behind a Service, made ready one by one: no work that grows with the square, whoever else works here."""
     world = World(clock=time.monotonic)
-    began = time.monotonic()
+    began_s = time.process_time()
     world.create("services", service())
     world.create("deployments.apps", deployment(replicas=1000))
     while world.get("deployments.apps", "web").get("status", {}).get("availableReplicas") != 1000:
         world.settle()
-        assert time.monotonic() - began < 20  # 3.5 s on two cores; a square would take minutes
+        assert time.process_time() - began_s < 20  # 3.5 s of a processor; a square would take minutes
         time.sleep(0.005)
     while True:
         world.settle()
         slices = world.store.list("endpointslices.discovery.k8s.io")
         if sum(len(one["endpoints"]) for one in slices) == 1000:
             break
-        assert time.monotonic() - began < 20
+        assert time.process_time() - began_s < 20
         time.sleep(0.005)
     assert not world.errors
 

@@ -284,7 +284,7 @@ def ask_both(zone: Zone, hosts: str, question: str, kind: str) -> tuple[str, set
     return answer.rcode.name, values
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(clusters, min_size=1, max_size=3))
 def test_random_clusters(sequence: list[Cluster]) -> None:
     """Whatever the objects, and whatever they were before, hosts file and zone together say what the specification says."""

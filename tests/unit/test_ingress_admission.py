@@ -293,7 +293,7 @@ _RANDOM = given(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @_RANDOM
 def test_random_values_are_refused_or_inert(names: list[str], text: str, path: str, kind: str) -> None:
     """Random annotation values and paths never change a directive."""
@@ -302,7 +302,7 @@ def test_random_values_are_refused_or_inert(names: list[str], text: str, path: s
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5000, suppress_health_check=list(HealthCheck))
 @_RANDOM
 def test_five_thousand_random_values(names: list[str], text: str, path: str, kind: str) -> None:
     """The long form."""

@@ -357,7 +357,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [found for key, item in items for found in ((*path, key), *places(item, (*path, key)))]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_mutated_manifests_are_stored_whole_or_refused(data: st.DataObject) -> None:
     """Whatever is wrong with a Service, creating or updating it ends with a stored object or an ApiError below 500."""

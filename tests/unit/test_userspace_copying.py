@@ -340,14 +340,16 @@ def datagram(proxy: Proxy, client: socket.socket, text: bytes = b"?") -> bytes:
 
 def test_udp_clients(stack: contextlib.ExitStack, eventually: Eventually) -> None:
     """A client keeps its backend socket while datagrams pass, and has another one after udpIdleTimeout without."""
-    proxy = Proxy(stack)
-    proxy.serve(DNS, udp_answerer(stack), udp_answerer(stack))
+    keeps, forgets = Proxy(stack, udp_idle_s=30.0), Proxy(stack, udp_idle_s=0.25)
+    for proxy in (keeps, forgets):
+        proxy.serve(DNS, udp_answerer(stack), udp_answerer(stack))
     one, two = (stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
-    first = datagram(proxy, one)
-    assert datagram(proxy, one) == first != datagram(proxy, two)
-    eventually(lambda: open_sockets(proxy) == AT_REST)
-    assert datagram(proxy, one) != first
-    assert len(datagram(proxy, one, b"x" * 5000)) == 4096
+    first = datagram(keeps, one)
+    assert datagram(keeps, one) == first != datagram(keeps, two)
+    assert len(datagram(keeps, one, b"x" * 5000)) == 4096
+    first = datagram(forgets, one)
+    eventually(lambda: open_sockets(forgets) == AT_REST)
+    assert datagram(forgets, one) != first
 
 
 def test_udp_answers_come_from_the_address_that_was_asked(stack: contextlib.ExitStack) -> None:

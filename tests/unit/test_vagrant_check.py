@@ -135,12 +135,16 @@ def test_a_step_that_fails(steps: Steps, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.splitlines()[1].startswith("✗ list ")
 
 
-def test_a_step_that_takes_too_long(steps: Steps) -> None:
+def test_a_step_that_takes_too_long(steps: Steps, eventually: Callable[..., object]) -> None:
     """It is ended with all it started, and the last thing it said is told."""
     with pytest.raises(StepFailed, match=r"did not end within 1 s; last line of .*/slow\.log: begun"):
         steps.run(["sh", "-c", "echo begun; sleep 97531 & wait"], limit_s=1, log="slow")
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=10, check=True).stdout
-    assert "sleep 97531" not in listing.splitlines()
+
+    def is_gone() -> bool:
+        done = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=60, check=True)
+        return "sleep 97531" not in done.stdout.splitlines()
+
+    eventually(is_gone)
 
 
 def test_scratch_folders_of_the_dead_are_removed(tmp_path: Path) -> None:
