@@ -196,10 +196,12 @@ class CaptureSession:
                 raise KernelError(f"tcpdump did not begin to listen within {_START_WITHIN_S:g} s at {late}")
             self._round(_IDLE_S)
         self.start_ns = time.time_ns()
-        self._state = _State.RUNNING
         self._deadline = float("inf")
         if self._options.duration_s is not None:
             self._deadline = time.monotonic() + self._options.duration_s
+        self._state = _State.RUNNING  # a signal stops it from here on
+        if self._signals:  # and this one came in the last round
+            raise KeyboardInterrupt
 
     def _loop(self) -> None:
         while self._state is not _State.OVER:
