@@ -49,6 +49,7 @@ class CaptureRequest:
     buffer: str | None
     keep: str | None
     comments: bool
+    forget_fd: int | None = None
 
 
 def capture(request: CaptureRequest) -> int:
@@ -76,6 +77,7 @@ def capture(request: CaptureRequest) -> int:
                     settle_ns=round(patient(SETTLE_FOR_FILES_NS if request.write not in (None, "-") else SETTLE_NS)),
                     duration_s=duration_s,
                     count=request.count,
+                    forget_fd=request.forget_fd,
                 )
             )
         finally:
