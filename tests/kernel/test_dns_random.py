@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -126,5 +125,4 @@ def _over_tcp(query: DNSRecord) -> bytes:
 
 
 if __name__ == "__main__":
-    socket.setdefaulttimeout(5)
     run_inside(int(sys.argv[1]) if len(sys.argv) > 1 else None)
