@@ -42,7 +42,7 @@ def parse_iperf3_udp(text: str) -> dict[str, float]:
 
 
 def could_not_begin(text: str) -> bool:
-    """Say whether iperf3's client found no server that was free: between two tests it closes its listener for a moment."""
+    """Say whether iperf3's client found no free server: between two tests one closes its listener for a moment."""
     try:
         error = str(json.loads(text).get("error", ""))
     except (ValueError, AttributeError):

@@ -81,7 +81,7 @@ class _Process:
             self._said += data
 
     def forget(self) -> None:
-        """Keep nothing of what was until now: our now, because what follows may come before the capture has heard of it."""
+        """Keep nothing of what was until now: our now, as packets may come before the capture has heard of it."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             os.write(self._process.stdin.fileno(), b"%d\n" % time.time_ns())

@@ -616,7 +616,7 @@ RESOLVERS_PATIENCE_S = 5.0
 
 
 def ask_all_the_time(seconds: float, gap_s: float, patience_s: float) -> list[str]:
-    """Ask for a name for a while, each time until there is an answer; return what was answered, 'lost' for what was not in time."""
+    """Ask for a name for a while, each time until it is answered; return the answers, 'lost' where none was in time."""
     query = DNSRecord.question("web.dev.svc.cluster.local")
     seen = []
     end = time.monotonic() + seconds
