@@ -41,6 +41,15 @@ def parse_iperf3_udp(text: str) -> dict[str, float]:
     }
 
 
+def could_not_begin(text: str) -> bool:
+    """Say whether iperf3's client found no free server: between two tests one closes its listener for a moment."""
+    try:
+        error = str(json.loads(text).get("error", ""))
+    except (ValueError, AttributeError):
+        return False
+    return (error.startswith("unable to connect to server") and "refused" in error) or "the server is busy" in error
+
+
 def _iperf3_end(text: str) -> Any:
     try:
         document = json.loads(text)

@@ -13,7 +13,14 @@ from testbed.bench import objects
 from testbed.bench.clients import OWN_PORTS, fetch_metrics, first_answers
 from testbed.bench.machine import measured_cpu, pids_beside, read_offloads
 from testbed.bench.objects import Target
-from testbed.bench.parse import parse_iperf3_tcp, parse_iperf3_udp, parse_metrics, parse_service_order, parse_wrk
+from testbed.bench.parse import (
+    could_not_begin,
+    parse_iperf3_tcp,
+    parse_iperf3_udp,
+    parse_metrics,
+    parse_service_order,
+    parse_wrk,
+)
 from testbed.bench.statistics import quantile
 from testbed.errors import ApiError, KernelError, LabError, TestbedError
 from testbed.kernel.pace import patient
@@ -29,6 +36,7 @@ READY_WITHIN_S = patient(30)
 SYNC_WITHIN_S = patient(60)
 _SERVICE_WITHIN_S = patient(0.05)
 _PROGRAM_WITHIN_S = patient(20)
+_BEGIN_WITHIN_S = patient(2)
 _LOOK_EVERY_S = 0.05
 _QUIET_S = 0.25
 """How long a change is left alone before we look: looking costs processor time that the nodes need."""
@@ -305,8 +313,13 @@ class LabSite:
         argv = ["iperf3", "-c", target.address, "-p", str(target.iperf_port), "-J"]
         argv += ["-t", str(int(self._benchmark.duration_s))]
         argv += ["-P", str(case.streams)] if case.streams else ["-u", "-b", f"{case.rate_mbit:g}M"]
-        with measured_cpu(self._server_pids(case.path, "iperf3")) as meter:
-            text = self._run(self._client_of(case.path), argv, is_json=True)
+        deadline = time.monotonic() + _BEGIN_WITHIN_S
+        while True:
+            with measured_cpu(self._server_pids(case.path, "iperf3")) as meter:
+                text = self._run(self._client_of(case.path), argv, is_json=True)
+            if not could_not_begin(text) or time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_EVERY_S)
         values = parse_iperf3_tcp(text) if case.streams else parse_iperf3_udp(text)
         size = values.pop("gb")
         return values | {f"{name}_gb": seconds / size for name, seconds in meter.seconds().items() if size}

@@ -71,6 +71,8 @@ class CaptureOptions:
     settle_ns: int = SETTLE_NS
     duration_s: float | None = None
     count: int | None = None
+    forget_fd: int | None = None
+    """A pipe with lines of nanoseconds since 1970: a recorder forgets every packet that is older."""
 
 
 class CaptureSession:
@@ -105,6 +107,7 @@ class CaptureSession:
         self._ending: dict[int, float] = {}  # points that have gone: when their tcpdump is told
         self._gone: list[tuple[float, PointProcess]] = []  # what has ended by itself, and when that is said
         self._signals = 0
+        self._half_line = b""  # of forget_fd
         self._lab_ended = False
         self._failure: Exception | None = None
         self._busy = False
@@ -154,6 +157,8 @@ class CaptureSession:
                 stack.callback(watch.close)
                 self._watches.append((node.name, watch))
                 self._selector.register(watch, selectors.EVENT_READ, partial(self._read_conntrack, node.name, watch))
+        if self._options.forget_fd is not None:
+            self._selector.register(self._options.forget_fd, selectors.EVENT_READ, self._read_forget)
         if self._tracker is not None:
             self._watch_proxies(stack)
         for place in dict.fromkeys(point.place for point in self._points):
@@ -196,10 +201,12 @@ class CaptureSession:
                 raise KernelError(f"tcpdump did not begin to listen within {_START_WITHIN_S:g} s at {late}")
             self._round(_IDLE_S)
         self.start_ns = time.time_ns()
-        self._state = _State.RUNNING
         self._deadline = float("inf")
         if self._options.duration_s is not None:
             self._deadline = time.monotonic() + self._options.duration_s
+        self._state = _State.RUNNING  # a signal stops it from here on
+        if self._signals:  # and this one came in the last round
+            raise KeyboardInterrupt
 
     def _loop(self) -> None:
         while self._state is not _State.OVER:
@@ -330,6 +337,17 @@ class CaptureSession:
         if pairs.has_ended:
             self._selector.unregister(pairs)
 
+    def _read_forget(self) -> None:
+        assert self._options.forget_fd is not None
+        data = os.read(self._options.forget_fd, 4096)
+        if not data:
+            self._selector.unregister(self._options.forget_fd)
+        *lines, self._half_line = (self._half_line + data).split(b"\n")
+        for line in lines:
+            for sink in self.sinks:
+                if isinstance(sink, RecorderSink):
+                    sink.forget(int(line))
+
     def _lab_has_ended(self) -> None:
         self._selector.unregister(self._cluster.lab.first_process)
         self._lab_ended = True
@@ -425,7 +443,7 @@ class CaptureSession:
     @contextmanager
     def _signals_heard(self) -> Iterator[None]:
         reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._hear) for number in numbers}
         old = signal.set_wakeup_fd(writing)
         self._selector.register(reading, selectors.EVENT_READ, lambda: os.read(reading, 64))
@@ -438,12 +456,7 @@ class CaptureSession:
             os.close(reading)
             os.close(writing)
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            for sink in self.sinks:
-                if isinstance(sink, RecorderSink):
-                    sink.forget(time.time_ns())
-            return
+    def _hear(self, _number: int, _frame: FrameType | None) -> None:
         self._signals += 1
         if self._signals == 1:
             self.stop()

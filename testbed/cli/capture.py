@@ -21,6 +21,7 @@ from testbed.capture.session import CaptureOptions, CaptureSession
 from testbed.capture.sinks import BlockOutput, LinesSink, PcapngSink, RecorderSink, Sink, file_head, open_file
 from testbed.capture.story import Storyteller, rfc3339
 from testbed.errors import InputError
+from testbed.kernel.pace import patient
 from testbed.lab.handle import Lab
 from testbed.manifests.scalars import parse_duration
 
@@ -48,6 +49,7 @@ class CaptureRequest:
     buffer: str | None
     keep: str | None
     comments: bool
+    forget_fd: int | None = None
 
 
 def capture(request: CaptureRequest) -> int:
@@ -72,9 +74,10 @@ def capture(request: CaptureRequest) -> int:
                 CaptureOptions(
                     snap_bytes=request.snap_bytes,
                     buffer_kib=(buffer_bytes or _share(len(points))) >> 10,
-                    settle_ns=SETTLE_FOR_FILES_NS if request.write not in (None, "-") else SETTLE_NS,
+                    settle_ns=round(patient(SETTLE_FOR_FILES_NS if request.write not in (None, "-") else SETTLE_NS)),
                     duration_s=duration_s,
                     count=request.count,
+                    forget_fd=request.forget_fd,
                 )
             )
         finally:

@@ -396,6 +396,7 @@ def mininet_cli(lab: str | None) -> int:
     "--buffer", metavar="SIZE", help="The kernel's buffer for each point; default 16MiB, less for many points."
 )
 @click.option("--keep", metavar="SIZE", help="With -w: keep only the last packets, and write them at the end.")
+@click.option("--forget-from", "forget_fd", type=int, hidden=True)  # for the flight recorder of `testbed run`
 @click.option("--comments/--no-comments", default=True, help="With -w: say in each packet which connection it is of.")
 def capture(points: tuple[str, ...], filter_text: str, **options: Any) -> int:
     """Capture packets at many points at once, and follow connections through NAT.

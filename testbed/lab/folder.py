@@ -23,14 +23,20 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from testbed.errors import InputError, LabError
+from testbed.kernel.pace import patient
 
 _MOST_PATH_BYTES = 107
 """Of a Unix socket's name: sun_path has 108, with a zero byte (unix(7))."""
+
+_LISTED_WITHIN_S = 1.0
+"""How long a folder without lab.json may be locked by somebody who only looks whether its lab is dead."""
+_LOOK_EVERY_S = 0.01
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 
@@ -169,12 +175,16 @@ def _claim(name: str) -> LabFolder:
             f"labs cannot be kept in {path.parent}: the names of sockets there would be too long for the kernel "
             f"({_MOST_PATH_BYTES} bytes); set XDG_RUNTIME_DIR to a shorter path"
         )
+    deadline = time.monotonic() + patient(_LISTED_WITHIN_S)
     while True:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         _check_owner(path.parent, shared=True)
         path.mkdir(mode=0o700, exist_ok=True)
         _check_owner(path)
         folder = _lock(path)
+        if folder is None and not (path / "lab.json").exists() and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
+            continue
         if folder is None:
             raise LabError(
                 f"a lab named {name!r} is running already; stop it with `testbed down {name}` or choose another name"

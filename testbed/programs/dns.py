@@ -269,6 +269,7 @@ class ClusterDns:
             time.sleep(_RESTART_PAUSE_S)
         self._start_dnsmasq()
         self._is_due = True
+        self._not_before_s = 0.0
 
     @property
     def is_up_to_date(self) -> bool:
@@ -290,6 +291,8 @@ class ClusterDns:
         if self._dnsmasq.show(hosts) or not self.is_ready:
             if not self._dnsmasq.wait_until_read():
                 self._log("dnsmasq has not read its hosts file in time")
+                self._is_due = True  # nobody else may have a reason to look again
+                self._not_before_s = self._clock() + _MOST_REST_S
                 return
             took_s = self._dnsmasq.last_reload_s
             self._not_before_s = self._clock() + min(_MOST_REST_S, _REST_SHARE * took_s)

@@ -52,11 +52,12 @@ class _Process:
         """Raises LabError with what it said when it does not begin to listen."""
         self.file = file
         self._said = b""
-        argv = [sys.executable, "-m", "testbed", "capture", "-l", lab, "-w", str(file), *arguments]
+        argv = [sys.executable, "-m", "testbed", "capture", "-l", lab, "-w", str(file), "--forget-from", "0"]
+        argv += arguments
         with HeldInterrupts() as interrupts:
             self._process = subprocess.Popen(
                 argv,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -80,9 +81,10 @@ class _Process:
             self._said += data
 
     def forget(self) -> None:
-        """Keep nothing of what was until now."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGUSR1)
+        """Keep nothing of what was until now: our now, as packets may come before the capture has heard of it."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._process.stdin.fileno(), b"%d\n" % time.time_ns())
 
     def finish(self) -> None:
         """End the capture when everything until now is in the file."""

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,8 +32,19 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "TESTBED_KILLED_BY"
 """In the environment of every process that one of our commands starts, and that they start."""
 
-BEGIN = "import os, sys; from testbed.__main__ import main; os.write({fd}, b'x'); os.close({fd}); main()"
+BEGIN = """\
+import os, signal
+from testbed.__main__ import _leave, main
+signal.signal(signal.SIGINT, _leave)
+os.write({fd}, b"x")
+os.close({fd})
+main()
+"""
+"""main() puts the same handler where Python's own is; what is interrupted from the `x` on must be answered by it."""
 INTERRUPTED, REFUSED, FAILED = 130, 3, 1
+USUAL_SEED = 1
+LINKS_OF_LABS = re.compile(r"br-lan|cni0|kube-ipvs0|veth[0-9a-f]{8}|(node[0-9]+|client)-eth0")
+"""Of a lab's own namespaces: none may be seen among the host's."""
 
 SCENARIO = """\
 apiVersion: testbed/v1
@@ -126,11 +138,13 @@ class Bench:
         (self.folder / "tmp").mkdir()
         (self.folder / "scenario.yaml").write_text(SCENARIO.replace("NAME", self.name))
         (self.folder / "pods.yaml").write_text(PODS)
-        self.before = host_state()
+        self._begun = 0
+        self.before = self.host_state()
 
     def begin(self, *words: str) -> Running:
         """Start a command; returns when our own code has begun."""
-        out, err = self.folder / "out", self.folder / "err"
+        self._begun += 1  # each has files of its own: a failure shows what that command said
+        out, err = (self.folder / f"{self._begun}-{words[0]}.{which}" for which in ("out", "err"))
         reading, writing = os.pipe()
         argv = [sys.executable, "-c", BEGIN.format(fd=writing), *words]
         env = {**os.environ, MARK: self.mark, "TMPDIR": str(self.folder / "tmp"), "PYTHONPATH": str(ROOT)}
@@ -185,9 +199,18 @@ class Bench:
         except (OSError, ValueError):
             return folder.exists()
 
+    def host_state(self) -> dict[str, str]:
+        """Return what of the host's a lab of ours could leave behind; mounts and links of others come and go."""
+        ours = (f"{state_root()}/{self.name}", f"{state_root()}/bench-iptables", str(self.folder))
+        mounts = [line.split(" ", 3)[3] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        return {
+            "links": " ".join(sorted(name for name in os.listdir("/sys/class/net") if LINKS_OF_LABS.fullmatch(name))),
+            "mounts": "\n".join(sorted(mount for mount in mounts if any(folder in mount for folder in ours))),
+        }
+
     def left(self) -> dict[str, object]:
         """Return what there is that was not there before the first command."""
-        now = host_state()
+        now = self.host_state()
         found: dict[str, object] = {name: text for name, text in now.items() if text != self.before[name]}
         if self.labs():
             found["labs"] = self.labs()
@@ -196,15 +219,6 @@ class Bench:
         if tmp := os.listdir(self.folder / "tmp"):
             found["temporary files"] = tmp
         return found
-
-
-def host_state() -> dict[str, str]:
-    """Return what of the host's a lab could leave behind."""
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    return {
-        "links": " ".join(sorted(os.listdir("/sys/class/net"))),
-        "mounts": "\n".join(sorted(line.split(" ", 3)[3] for line in mounts)),
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -222,9 +236,10 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def strike(bench: Bench, running: Running, blow: Blow) -> bool:
     """Strike a victim as soon as there is one; False when the command has ended before."""
     if blow.victim == CTRL_C:
+        in_time = running.process.poll() is None  # before the blow, which may end it at once
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.process.pid, signal.SIGINT)
-        return running.process.poll() is None
+        return in_time
     if blow.victim == COMMAND:
         running.process.kill()
         return True
@@ -312,8 +327,14 @@ def try_all(bench: Bench, blows: list[Blow], seed: int, eventually: Callable[...
     assert bench.left() == {}
 
 
-def chosen_seed() -> int:
-    return int(os.environ.get("TESTBED_KILL_SEED") or random.SystemRandom().randrange(1 << 32))
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The environment's; else a new one with --slow, and always the same without: what fails once is to fail again."""
+    if text := os.environ.get("TESTBED_KILL_SEED"):
+        return int(text)
+    chosen = random.SystemRandom().randrange(1 << 32) if request.config.getoption("--slow") else USUAL_SEED
+    print(f"TESTBED_KILL_SEED={chosen}")
+    return chosen
 
 
 @pytest.mark.parametrize("how", ["run", "call"])
@@ -342,15 +363,13 @@ def test_an_interrupt_between_a_fork_and_its_pid(how: str, monkeypatch: pytest.M
 
 
 @pytest.mark.timeout(300)
-def test_a_dozen_moments(bench: Bench, eventually: Callable[..., object]) -> None:
+def test_a_dozen_moments(bench: Bench, seed: int, eventually: Callable[..., object]) -> None:
     """Every command twice or three times, half of them by Ctrl-C."""
-    seed = chosen_seed()
     try_all(bench, plan(seed, 12, FATAL), seed, eventually)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_a_hundred_moments(bench: Bench, eventually: Callable[..., object]) -> None:
+def test_a_hundred_moments(bench: Bench, seed: int, eventually: Callable[..., object]) -> None:
     """The same, a hundred times, also to processes that a lab goes on without."""
-    seed = chosen_seed()
     try_all(bench, plan(seed, 100, FATAL + OTHERS), seed, eventually)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from testbed.bench.parse import (
+    could_not_begin,
     parse_cpu_line,
     parse_iperf3_tcp,
     parse_iperf3_udp,
@@ -114,3 +115,22 @@ def test_order_of_services() -> None:
 -A KUBE-SVC-A ! -s 10.244.0.0/16 -d 10.96.0.7/32 -p tcp -m tcp --dport 80 -j KUBE-MARK-MASQ
 """
     assert parse_service_order(rules, {"10.96.0.7": "s-00001", "10.96.0.9": "s-00002"}) == ["s-00002", "s-00001"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"error": "unable to connect to server: Connection refused"}', True),
+        ('{"error": "unable to connect to server - server may have stopped running: Connection refused"}', True),
+        ('{"error": "error - the server is busy running a test. try again later"}', True),
+        ('{"error": "unable to connect to server: No route to host"}', False),
+        ('{"error": "unable to connect stream: Connection refused"}', False),
+        ('{"error": "control socket has closed unexpectedly"}', False),
+        ('{"end": {}}', False),
+        ("[]", False),
+        ("iperf3: parameter error", False),
+    ],
+)
+def test_a_server_that_is_not_free_yet(text: str, expected: bool) -> None:
+    """Nobody listens, or somebody else's test is not over: every other message is about this test."""
+    assert could_not_begin(text) == expected

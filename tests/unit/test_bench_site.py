@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, cast
 
@@ -11,7 +13,8 @@ from bench_world import FILE, THROUGHPUT, benchmark
 import testbed.bench.site as bench_site
 from testbed.bench import objects
 from testbed.bench.site import LabSite, lab_topology
-from testbed.errors import LabError
+from testbed.errors import KernelError, LabError
+from testbed.kernel.processes import Completed
 from testbed.lab.handle import Lab
 from testbed.manifests import load_topology
 from testbed.model.benchmark import Position, sync_cases
@@ -114,3 +117,39 @@ def test_positions() -> None:
     }  # fmt: skip
     assert set(objects.pick_positions(["s-0"], list(Position)).values()) == {"s-0"}
     assert objects.pick_positions([], list(Position)) == {}
+
+
+REFUSED = "unable to connect to server: Connection refused"
+BUSY = "error - the server is busy running a test. try again later"
+BROKEN = "control socket has closed unexpectedly"
+END = {"sum_sent": {"retransmits": 0}, "sum_received": {"bytes": 1e9, "bits_per_second": 8e9}}
+
+
+@pytest.mark.parametrize(
+    ("errors", "within_s", "message"),
+    [([REFUSED, BUSY], 60.0, ""), ([BROKEN], 60.0, f"iperf3: {BROKEN}"), ([REFUSED] * 2, -1.0, f"iperf3: {REFUSED}")],
+)
+def test_an_iperf3_that_comes_before_its_server(
+    monkeypatch: pytest.MonkeyPatch, errors: list[str], within_s: float, message: str
+) -> None:  # fmt: skip
+    """A client that could not begin tries again for a while; what goes wrong later is an error at once."""
+    said = [json.dumps({"error": error}) for error in errors] + [json.dumps({"end": END})]
+
+    class Asked(FakeLab):
+        def run(self, where: str, argv: Sequence[str], *, timeout_s: float) -> Completed:
+            text = said.pop(0)
+            return Completed(status=int("error" in text), stdout=text.encode(), stderr=b"")
+
+    monkeypatch.setattr(bench_site, "_BEGIN_WITHIN_S", within_s)
+    monkeypatch.setattr(bench_site.time, "sleep", lambda _: None)
+    monkeypatch.setattr(LabSite, "_server_pids", lambda *_: [])
+    monkeypatch.setattr(LabSite, "_target", lambda *_: objects.Target("10.244.2.2"))
+    site = LabSite(cast(Lab, Asked(FakeApi())), "iptables", benchmark(cases=THROUGHPUT))
+    if message:
+        with pytest.raises(KernelError) as caught:
+            site.sample(THROUGHPUT[0])
+        assert str(caught.value) == message
+        assert len(said) == len(errors)
+    else:
+        assert site.sample(THROUGHPUT[0])["rate"] == 8.0
+        assert said == []

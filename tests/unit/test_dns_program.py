@@ -194,6 +194,20 @@ def test_not_ready_as_long_as_dnsmasq_does_not_answer(world: World) -> None:
     assert world.dns.is_ready
 
 
+def test_a_dnsmasq_that_reads_late_is_asked_again(world: World) -> None:
+    """Its pod becomes ready without any object having changed; between two looks it is left alone."""
+    world.dnsmasq.is_answering = False
+    world.list_everything()
+    assert not world.dns.is_up_to_date
+    assert world.wait() == pytest.approx(0.4)
+    assert not world.dns.is_ready
+    world.dnsmasq.is_answering = True
+    world.wait()
+    assert world.dns.is_ready
+    assert world.dns.is_up_to_date
+    assert len(world.dnsmasq.shown) == 1
+
+
 def follow(world: World, change: Callable[[str], str]) -> None:
     world.dns.follow(change(COREFILE), world.read)
     messages, world.ended = world.ended, []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import testbed.lab.folder
-from testbed.errors import InputError
+from testbed.errors import InputError, LabError
 from testbed.lab.folder import claim_folder, list_labs
 
 NOBODY = 65534
@@ -58,6 +58,36 @@ def test_links_in_a_dead_labs_folder_are_removed_and_not_followed(state: Path, t
     with pytest.raises(testbed.errors.LabError, match="state/y/lock: Too many levels of symbolic links"):
         claim_folder("y")
     assert not (kept / "made").exists()
+
+
+def test_a_folder_that_is_being_looked_at_is_not_a_running_lab(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ls` locks a new folder that it finds unlocked, and removes it: `up` waits for that, and makes another one."""
+    looking = claim_folder("x")
+    monkeypatch.setattr(testbed.lab.folder.time, "sleep", lambda _: looking.remove())
+    folder = claim_folder("x")
+    assert sorted(os.listdir(folder.path)) == ["api", "lock"]
+    folder.remove()
+
+
+@pytest.mark.parametrize(("record", "waits"), [("{}", False), (None, True)])
+def test_a_running_lab_is_said_so(
+    state: Path, monkeypatch: pytest.MonkeyPatch, record: str | None, waits: bool
+) -> None:  # fmt: skip
+    """At once when it has its lab.json; a moment later when it may be one that is being started."""
+    now, running = 0.0, claim_folder("x")
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(testbed.lab.folder.time, "monotonic", lambda: now)
+    monkeypatch.setattr(testbed.lab.folder.time, "sleep", sleep)
+    if record is not None:
+        (running.path / "lab.json").write_text(record)
+    with pytest.raises(LabError, match="a lab named 'x' is running already"):
+        claim_folder("x")
+    assert (now > 0) == waits
+    running.remove()
 
 
 def prepare(state: Path, how: str) -> Path:
