@@ -18,7 +18,19 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from soak_plan import CONFIG_FOLDER, NODES, App, Object, Operation, Window, namespace, objects_of, operations, targets
+from soak_plan import (
+    CLIENTS,
+    CONFIG_FOLDER,
+    NODES,
+    App,
+    Object,
+    Operation,
+    Window,
+    namespace,
+    objects_of,
+    operations,
+    targets,
+)
 
 from testbed.bench.clients import fetch_metrics
 from testbed.bench.parse import parse_metrics
@@ -226,12 +238,15 @@ class Client:
         )
 
     def _eventually(self, check: Callable[[], T], what: str) -> T:
+        """Look until a check holds, and leave the processor to what is waited for most of the time: looking takes some, too."""
         deadline = time.monotonic() + patient(SETTLES_WITHIN_S)
-        while not (seen := check()):
+        while True:
+            began = time.monotonic()
+            if seen := check():
+                return seen
             if time.monotonic() > deadline:
                 raise SystemExit(f"{self._space}: not within {SETTLES_WITHIN_S:g} s: {what}")
-            time.sleep(patient(LOOK_EVERY_S))
-        return seen
+            time.sleep(max(LOOK_EVERY_S, CLIENTS * (time.monotonic() - began)))
 
 
 def _restarts(pod: Object) -> int:
