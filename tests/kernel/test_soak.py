@@ -36,8 +36,9 @@ SPACE = "soak-clients"
 PLACES = ("client", f"{SPACE}/on-node1", f"{SPACE}/on-node2", "node3")
 RATE = 25.0
 """Requests a second from each place: enough that any gap of a tenth of a second is seen, and little enough for two cores."""
-WARM_UP = 0.3
-"""Of the time, before memory and descriptors are counted: what is used for the first time is loaded and cached."""
+WARM_UP = 0.5
+"""Of the time, before memory and descriptors are counted: what is used for the first time is loaded and cached, and Events, which
+are kept for an hour or as long as their namespace, need as much memory in the second half as in the first."""
 HISTORY = 4096
 """Of the store: so many changes are kept for watchers, and memory grows until there are as many."""
 MAY_GROW = 0.05
