@@ -158,7 +158,8 @@ class LabNetwork(Mininet):
     def add_pod(
         self, name: str, link_name: str, *, node: str, hostname: str, address: IPv4Address, network: IPv4Network
     ) -> PodHost:
-        """Make a pod's namespaces and its link to the node's bridge; return it when it can send and receive.
+        """Make a pod's namespaces and its link to the node's bridge, which forwards to it once the kernel has seen the link
+        come up: at once, unless it has much to do with other namespaces.
 
         Args:
             name: the pod's name in this network, ``NAMESPACE/POD``.
