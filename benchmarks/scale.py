@@ -95,7 +95,7 @@ def labs_at_once(count: int) -> dict[str, float]:
         for name in names:
             until(
                 lambda name=name: bool(who_answers(name)), lambda name=name: f"nobody answers in lab {name}", AT_MOST_S
-            )  # type: ignore[misc]
+            )
         answered_s = time.monotonic() - started
         for name in names:
             if (who := who_answers(name)) != f"default/{name}":

@@ -11,7 +11,6 @@ from the same port to the same pod, through a ClusterIP of the client's node, fo
 
 from __future__ import annotations
 
-import errno
 import json
 import select
 import socket
@@ -20,6 +19,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import cycle
+
+from testbed.bench.clients import bind_next
 
 PATIENCE_S = 5.0
 PORTS = range(33_000, 61_000)
@@ -35,16 +36,9 @@ class Ports:
         self._turns: dict[tuple[str, int], Iterator[int]] = {}
 
     def bind(self, connection: socket.socket, target: tuple[str, int]) -> None:
-        """Take the target's next port that nobody has."""
         if target not in self._turns:
             self._turns[target] = cycle(PORTS[len(self._turns) % SHARES :: SHARES])
-        for port in self._turns[target]:
-            try:
-                connection.bind(("", port))
-                return
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
+        bind_next(connection, self._turns[target])
 
 
 def ask(address: str, port: int, ports: Ports) -> str:

@@ -44,7 +44,7 @@ def first_answers(target: Target, duration_s: float, ports: Sequence[int] = ()) 
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
                 connection.settimeout(_PATIENCE_S)
                 if ports:
-                    _bind(connection, turn)
+                    bind_next(connection, turn)
                 started = time.perf_counter_ns()
                 connection.connect(place)
                 connection.sendall(request)
@@ -60,8 +60,8 @@ def first_answers(target: Target, duration_s: float, ports: Sequence[int] = ()) 
         raise KernelError(f"connection {len(took) + 1} to {target.address}:{target.http_port}: {reason}") from error
 
 
-def _bind(connection: socket.socket, ports: Iterator[int]) -> None:
-    """Take the next port that nobody has."""
+def bind_next(connection: socket.socket, ports: Iterator[int]) -> None:
+    """Have a connection come from the next port that nobody has."""
     for port in ports:
         try:
             connection.bind(("", port))

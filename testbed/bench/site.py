@@ -342,10 +342,9 @@ class LabSite:
         duration_s = self._benchmark.duration_s
         timeout_s = duration_s + _PROGRAM_WITHIN_S
         where = self._client_of(case.path)
-        # IPVS remembers a connection through a Service for ten seconds, and rewrites what its pod says to that port of the
-        # client, asked directly or not: whoever goes without a Service has ports of its own.
-        is_direct = case.path in (NetPath.DIRECT, NetPath.DIRECT_SAME_NODE)
-        ports = OWN_PORTS if is_direct else ()
+        # IPVS remembers a connection through a Service, one that was reset for ten seconds, and rewrites what its pod says to
+        # that port of the client, asked directly or not: whoever goes without a Service has ports of its own.
+        ports = OWN_PORTS if case.path.is_baseline else ()
         took = self._lab.call(where, first_answers, self._target(case), duration_s, ports, timeout_s=timeout_s)
         return {f"p{share}": quantile(took, share / 100) / 1000 for share in (10, 50, 99)}
 

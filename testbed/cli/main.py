@@ -53,8 +53,8 @@ def _run(interrupts: HeldInterrupts) -> int:
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         # At a terminal the line has ^C in it; click has ended that already, where it was the one to see it.
         begin = "" if isinstance(error, click.exceptions.Abort) else "\n"
-        exception = f"{error.__cause__ or error}"  # click wraps what it sees first
-        but_for = f", but for {exception}" if exception else ""
+        kept = f"{error.__cause__ or error}"  # click wraps what it sees first
+        but_for = f", but for {kept}" if kept else ""
         click.echo(f"{begin}interrupted: what this command had started is gone{but_for}", err=True)
         status = INTERRUPTED
     except click.ClickException as error:

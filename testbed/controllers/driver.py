@@ -30,7 +30,7 @@ _REST_PER_WORK = 4.0
 _CHEAP_S = 0.002
 # Others on the same thread get their turn in between: a thousand new pods are seconds of work.
 _TURN_S = 0.05
-_FEW = 64
+_FEW = 64  # entries that are not worth looking through for those that are past
 _RUN_LIMIT = 20_000  # two controllers that undo each other's work must not stop the lab
 
 
@@ -210,11 +210,12 @@ class ControllerDriver:
         now = self._now_s()
         cost = now - began
         if cost > _CHEAP_S:
-            self._rest(item, now + _REST_PER_WORK * cost)
+            rest_until = now + _REST_PER_WORK * cost
+            self._rest(item, rest_until)
             if item in self._queued:  # its own writes made it dirty again; that can wait, too
                 self._queue.remove(item)
                 self._queued.discard(item)
-                self._set_timer(item, now + _REST_PER_WORK * cost)
+                self._set_timer(item, rest_until)
                 return
         if again_in is not None:
             self._set_timer(item, now + again_in)

@@ -216,9 +216,8 @@ def test_lines_are_tcpdump_s_with_the_point_before_them(lab: Lab):
     capturing = Capturing(lab, "client", "node1:eth0", "--filter", "icmp", "--count", "4")
     ping(lab, 1)
     assert capturing.wait() == 0
-    lines = sorted(
-        capturing.out.splitlines()
-    )  # by their time stamps: on a busy machine one may come too late to be in order
+    # by their time stamps: on a busy machine one may come too late to be in order
+    lines = sorted(capturing.out.splitlines())
     assert [line.split()[1:3] for line in lines] == [
         ["client:eth0", "out"], ["node1:eth0", "in"], ["node1:eth0", "out"], ["client:eth0", "in"],
     ]  # fmt: skip
