@@ -19,8 +19,6 @@ from testbed.kernel.rtnetlink import RtnetlinkSocket, add_bound_address, add_lin
 from testbed.kernel.runner import Runner
 from testbed.kernel.sysctl import apply_sysctls, read_sysctl
 
-#: Of more virtual servers than this, connections are counted by reading those of all.
-_FEW: Final = 16
 _NO_SUCH_KIND: Final = "EOPNOTSUPP"
 
 
@@ -53,18 +51,15 @@ class IpvsNode:
         runner: Runs ipset(8) in the namespace that this process is in.
         where: Names the node in error messages.
         device_kind: The kind of link that holds addresses; tests without dummy links take a bridge, which is down as well.
-        proc_net: Where the kernel prints the namespace's network state.
 
     Raises:
         MissingFeature: the kernel has no IPVS.
     """
 
-    def __init__(
-        self, runner: Runner, where: str, *, device_kind: str = "dummy", proc_net: str = "/proc/thread-self/net"
-    ) -> None:
+    def __init__(self, runner: Runner, where: str, *, device_kind: str = "dummy") -> None:
         self._runner = runner
         self._where = where
-        self._ipvs = Ipvs(where, proc_net=proc_net)
+        self._ipvs = Ipvs(where)
         self._links = RtnetlinkSocket(where)
         self._sets = open_ipset(where)
         self._device = BoundAddresses(self._links, device_kind)
@@ -130,10 +125,7 @@ class IpvsNode:
 
     def count_connections(self, servers: Collection[RealServer]) -> dict[RealServer, int]:
         """Return the connections of those of the real servers that are there."""
-        keys = {key for key, _ in servers}
-        if len(keys) > _FEW:
-            return {one: count for one, count in self._ipvs.list_connections().items() if one in servers}
-        counted = {key: self._ipvs.count_connections(key) for key in keys}
+        counted = {key: self._ipvs.count_connections(key) for key in {key for key, _ in servers}}
         return {(key, real): counted[key][real] for key, real in servers if real in counted[key]}
 
     # -- changes ---------------------------------------------------------------------------------------------------

@@ -77,6 +77,13 @@ def clone_sibling(flags: int) -> int:
     return pid
 
 
+def getsockopt(fd: int, level: int, option: int, buffer: bytearray) -> None:
+    """Read an option that is a question as well: ``buffer`` holds that, and then the answer (Python's own passes none in)."""
+    length = ctypes.c_uint32(len(buffer))
+    if _libc.getsockopt(fd, level, option, (ctypes.c_char * len(buffer)).from_buffer(buffer), ctypes.byref(length)) < 0:
+        raise _refused(f"getsockopt({fd}, {level}, {option})")
+
+
 def sethostname(name: str) -> None:
     text = name.encode()
     if _libc.sethostname(text, len(text)) < 0:

@@ -86,6 +86,27 @@ def test_node_and_its_stand_in_refuse_the_same(kind: str, tmp_path: Path) -> Non
         check(here.node)
 
 
+@pytest.mark.parametrize("reals", [3, 40])
+def test_all_is_seen_beside_other_nodes(reals: int, tmp_path: Path) -> None:
+    """Three nodes in one kernel, each with more than fits into a page of /proc/net/ip_vs, which then leaves some out."""
+    keys = [VirtualServer("tcp", f"172.30.1.{number}", 80) for number in range(1, 201)]
+    addresses = [f"10.0.0.{number}:80" for number in range(1, reals + 1)]
+    change = Change(
+        add_servers=tuple((key, Balancing()) for key in keys),
+        add_real=tuple((key, real) for key in keys for real in addresses),
+    )
+    with contextlib.ExitStack() as entered:
+        nodes = [entered.enter_context(real_node(tmp_path, f"192.168.0.{number}")).node for number in (2, 3, 4)]
+        assert [node.add(change) for node in nodes] == [[], [], []]
+        everything = [(key, real) for key in keys for real in addresses]
+        for node in nodes:
+            found = node.list().objects.servers
+            assert {key: dict(server.real) for key, server in found.items()} == {
+                key: dict.fromkeys(addresses, 1) for key in keys
+            }
+            assert node.count_connections(everything) == dict.fromkeys(everything, 0)
+
+
 def test_damage_is_seen_and_repaired(tmp_path: Path) -> None:
     """Whatever tool somebody uses against our objects: it is named, and repaired."""
     state, view = state_of(WEB, BOTH), parse_node(node_object())

@@ -84,8 +84,7 @@ class Programmed:
         self._config, self._tracker = config, ChangeTracker("node1")
         runner = SubprocessRunner({"XTABLES_LOCKFILE": str(folder / "lock")})
         with self.inside():
-            proc_net = f"/proc/{world.pids['node']}/net"
-            node = IpvsNode(runner, "node1", proc_net=proc_net)
+            node = IpvsNode(runner, "node1")
             self.proxier = IpvsProxier(node, Iptables(runner, Backend.LEGACY), clock=lambda: self.now_s)
 
     def inside(self) -> contextlib.AbstractContextManager[None]:
