@@ -13,6 +13,7 @@ from testbed.bench.results import Results
 from testbed.errors import LabError, MissingFeature
 from testbed.kernel.pace import is_nested
 from testbed.model.benchmark import Benchmark
+from testbed.scenario.modes import NOT_NESTED
 from testbed.vm import wire
 from testbed.vm.again import run_testbed
 from testbed.vm.machine import check_machine
@@ -25,8 +26,8 @@ def why_not_nested(mode: str) -> str:
     """Return why a mode cannot be measured in the nested kernel, '' when it can."""
     if is_nested():
         return "there is no nested kernel in the nested one"
-    if mode == "nftables":
-        return "the nested kernel (User-Mode Linux) has no NAT in nf_tables"
+    if mode in NOT_NESTED:
+        return NOT_NESTED[mode]
     try:
         check_machine()
     except MissingFeature as error:

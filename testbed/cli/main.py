@@ -143,9 +143,10 @@ def up(
     """Start a lab in the background and return when it is ready."""
     import time
 
+    from testbed.kernel.pace import is_nested
     from testbed.lab.start import check_machine, choose_iptables_backend, start_lab
     from testbed.manifests import find_topology, load_objects, load_topology
-    from testbed.scenario.modes import check_mode, why_not_here
+    from testbed.scenario.modes import NOT_NESTED, check_mode, why_not_here
 
     started = time.monotonic()
     files = [Path(manifest) for manifest in manifests]
@@ -157,6 +158,10 @@ def up(
     mode = check_mode(proxy_mode or loaded.proxy_mode)
     check_machine()
     if missing := why_not_here(mode, loaded):
+        if is_nested():
+            raise MissingFeature(missing)
+        if mode in NOT_NESTED:
+            raise MissingFeature(f"{missing}; {NOT_NESTED[mode]}")
         raise MissingFeature(f"{missing}. A lab in the nested kernel, for as long as its shell runs:\n  {_vm_line()}")
     backend = choose_iptables_backend(iptables_backend)
     with (

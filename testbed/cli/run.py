@@ -21,7 +21,7 @@ from testbed.manifests import find_scenarios, load_scenario
 from testbed.model.scenario import KubectlStep, ResolveStep, Scenario, Step
 from testbed.model.topology import Topology
 from testbed.scenario.lanes import Lane, count_lanes, split
-from testbed.scenario.modes import check_mode, why_not, why_not_here
+from testbed.scenario.modes import NOT_NESTED, check_mode, why_not, why_not_here
 from testbed.scenario.nested import Results, nested_arguments, run_nested, send_results
 from testbed.scenario.recorder import LabRecorder
 from testbed.scenario.report import TextReport, check_writable, json_report, junit_report, write_reports
@@ -175,8 +175,8 @@ def _what_is_missing(mode: str, topology: Topology | None, use_vm: bool) -> tupl
         return "", ""
     if is_nested():
         return missing, ""
-    if mode == "nftables" and topology is not None and topology.needs_netem:
-        return f"{missing}; the nested kernel, which has it, has no NAT in nf_tables", ""
+    if mode in NOT_NESTED:
+        return f"{missing}; {NOT_NESTED[mode]}", ""
     if not use_vm:
         return f"{missing}, and --no-vm keeps it out of the nested kernel", ""
     try:

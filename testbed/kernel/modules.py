@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,37 @@ def has_netem() -> bool:
 def is_unknown_qdisc(message: str) -> bool:
     """Say whether tc complained of a queueing discipline that the kernel does not have (net/sched/sch_api.c)."""
     return "qdisc kind is unknown" in message
+
+
+_NAT_BY_NFTABLES: Final = """table ip testbed-probe {
+  chain nat {
+    type nat hook prerouting priority dstnat
+    dnat to 192.0.2.1
+  }
+}
+"""
+
+
+@cache
+def why_no_nat_in_nftables() -> str:
+    """Return '' when the kernel's nf_tables translates addresses, loading modules if need be, or what is in the way.
+
+    A kernel can have nf_tables, with which listing and most of a kube-proxy's start succeed, but not this part of it.
+
+    Raises:
+        MissingFeature: a program for that is not installed.
+    """
+    for program in ("unshare", "nft"):
+        if shutil.which(program) is None:
+            raise not_installed(program)
+    done = subprocess.run(
+        ["unshare", "--net", "nft", "-f", "-"], input=_NAT_BY_NFTABLES,
+        capture_output=True, text=True, timeout=patient(10), check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return ""
+    said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[0].rpartition("Error: ")[2]
+    return f"this kernel has no NAT in nf_tables (nft_chain_nat, nft_nat, nft_masq): nft said {said!r}"
 
 
 def why_no_ipvs() -> str:

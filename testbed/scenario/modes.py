@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 
 from testbed.errors import InputError, MissingFeature
-from testbed.kernel.modules import WITHOUT_NETEM, has_netem, why_no_ipvs
+from testbed.kernel.modules import WITHOUT_NETEM, has_netem, why_no_ipvs, why_no_nat_in_nftables
 from testbed.model.topology import PROXY_MODES, Topology
+
+NOT_NESTED: Mapping[str, str] = {"nftables": "the nested kernel (User-Mode Linux) has no NAT in nf_tables"}
+"""Modes that the nested kernel cannot run, and why."""
 
 
 def check_mode(mode: str) -> str:
@@ -36,6 +40,8 @@ def why_not(mode: str) -> str:
 def why_not_here(mode: str, topology: Topology | None = None) -> str:
     """Return what this kernel lacks for a mode, and for a topology, even after an attempt to load it, '' when it has it."""
     if mode == "ipvs" and (reason := why_no_ipvs()):
+        return reason
+    if mode == "nftables" and (reason := why_no_nat_in_nftables()):
         return reason
     if topology is not None and topology.needs_netem and not has_netem():
         return f"topology {topology.name!r}: {WITHOUT_NETEM}"

@@ -27,6 +27,7 @@ import testbed.scenario.modes
 from testbed import __version__
 from testbed.cli.main import main
 from testbed.errors import LabError, MissingFeature
+from testbed.kernel.pace import NESTED
 from testbed.kernel.processes import Completed
 from testbed.manifests import find_topology, load_scenario, load_topology
 from testbed.scenario.runner import run_scenario
@@ -71,7 +72,7 @@ kind: Scenario
 metadata: {name: s}
 spec:
   topology: three-nodes
-  proxyModes: [iptables, nftables]
+  proxyModes: [iptables, ipvs]
   steps:
     - exec: {in: node1, run: ls, prints: hello}
     - name: never seen
@@ -99,7 +100,7 @@ FILES = {
     "runs/scenario.yaml": SCENARIO.replace("node9", "node2"),
     "other/scenario.yaml": SCENARIO.replace("node9", "node2")
     .replace("{name: s}", "{name: other}")
-    .replace(", nftables", ""),
+    .replace(", ipvs", ""),
 }
 
 
@@ -401,7 +402,7 @@ def test_run_passes(testbed_: Testbed, labs: Labs) -> None:
     lines = ended.out.splitlines()
     assert lines[0] == "s, proxy mode iptables, lab s"
     assert [line[:30].rstrip() for line in lines[1:3]] == ["  ✓ 1/2 node1: ls prints 'hell", "  ✓ 2/2 never seen"]
-    assert lines[3] == "skipped: s in nftables: nftables is not there"
+    assert lines[3] == "skipped: s in ipvs: ipvs is not there"
     assert [line.split() for line in lines[-2:]] == [
         ["SCENARIO", "MODE", "STEPS", "RESULT", "TIME"],
         ["s", "iptables", "2/2", "passed", "0.0", "s"],
@@ -409,12 +410,12 @@ def test_run_passes(testbed_: Testbed, labs: Labs) -> None:
     assert not labs[0][1].kept
 
 
-NESTED_LINE = "this kernel has no y; running s in nftables in the nested kernel (testbed vm)"
+NESTED_LINE = "this kernel has no y; running s in ipvs in the nested kernel (testbed vm)"
 
 
 @pytest.fixture
 def nested(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """A kernel that lacks something for nftables mode, and a nested one that has it: the arguments it is given."""
+    """A kernel that lacks something for ipvs mode, and a nested one that has it: the arguments it is given."""
     asked: list[list[str]] = []
 
     def run_nested(arguments: Sequence[str], shared: Path | None = None) -> tuple[Any, int]:
@@ -422,12 +423,12 @@ def nested(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> li
         scenario = load_scenario(Path("runs"))
         lab = RunningLab()
         lab.programs = lambda _run: Completed(0, b"hello\n", b"")
-        result = run_scenario(scenario, "nftables", lab)
+        result = run_scenario(scenario, "ipvs", lab)
         return [(replace(result, nested=True), "s")], 0
 
     monkeypatch.setattr(testbed.cli.run, "why_not", lambda mode: "")
     monkeypatch.setattr(
-        testbed.cli.run, "why_not_here", lambda mode, *_: "this kernel has no y" if mode == "nftables" else ""
+        testbed.cli.run, "why_not_here", lambda mode, *_: "this kernel has no y" if mode == "ipvs" else ""
     )
     monkeypatch.setattr(testbed.cli.run, "check_vm", lambda: None)
     monkeypatch.setattr(testbed.cli.run, "run_nested", run_nested)
@@ -440,10 +441,10 @@ def test_run_uses_the_nested_kernel_for_what_is_missing(testbed_: Testbed, labs:
     assert ended.status == 0, ended.err
     assert NESTED_LINE in ended.out.splitlines()
     assert [how["proxy_mode"] for how, _ in labs] == ["iptables"]
-    assert nested == [["run", "runs", "--proxy-mode", "nftables"]]
+    assert nested == [["run", "runs", "--proxy-mode", "ipvs"]]
     assert [line.split()[:3] for line in ended.out.splitlines()[-2:]] == [
         ["s", "iptables", "2/2"],
-        ["s", "nftables", "(nested)"],
+        ["s", "ipvs", "(nested)"],
     ]
 
 
@@ -452,7 +453,7 @@ def test_nested_results_in_documents(testbed_: Testbed, nested: list[list[str]],
     ended = testbed_("run", "runs", "-o", "json", "--report", str(tmp_path / "out"))
     assert [(one["mode"], one["kernel"]) for one in json.loads(ended.out)["results"]] == [
         ("iptables", "own"),
-        ("nftables", "nested"),
+        ("ipvs", "nested"),
     ]
     assert NESTED_LINE in ended.err.splitlines()
     assert nested[0][-2:] == ["-o", "json"]
@@ -462,12 +463,12 @@ def test_nested_results_in_documents(testbed_: Testbed, nested: list[list[str]],
 
 def test_no_vm_refuses(testbed_: Testbed, nested: list[list[str]]) -> None:
     """A mode asked for by name is refused with --no-vm; one that the file names is skipped, with the reason."""
-    ended = testbed_("run", "runs", "--no-vm", "--proxy-mode", "nftables")
+    ended = testbed_("run", "runs", "--no-vm", "--proxy-mode", "ipvs")
     assert (ended.status, ended.out) == (3, "")
     assert ended.err == "error: this kernel has no y, and --no-vm keeps it out of the nested kernel\n"
     ended = testbed_("run", "runs", "--no-vm")
     assert ended.status == 0
-    assert "skipped: s in nftables: this kernel has no y, and --no-vm" in ended.out
+    assert "skipped: s in ipvs: this kernel has no y, and --no-vm" in ended.out
     assert not nested
 
 
@@ -478,7 +479,7 @@ def test_no_nested_kernel_either(testbed_: Testbed, nested: list[list[str]], mon
         raise MissingFeature("linux.uml not found (apt-get install user-mode-linux)")
 
     monkeypatch.setattr(testbed.cli.run, "check_vm", check_vm)
-    ended = testbed_("run", "runs", "--proxy-mode", "nftables")
+    ended = testbed_("run", "runs", "--proxy-mode", "ipvs")
     assert (ended.status, ended.err) == (
         3,
         "error: this kernel has no y; linux.uml not found (apt-get install user-mode-linux)\n",
@@ -489,7 +490,7 @@ def test_a_nested_lab_cannot_be_kept(testbed_: Testbed, nested: list[list[str]])
     """--keep is refused before anything runs when the last lab would end with its kernel."""
     ended = testbed_("run", "runs", "--keep")
     assert ended.status == 2
-    assert "--keep: the last lab, of s in nftables, is in a nested kernel that ends with this command" in ended.err
+    assert "--keep: the last lab, of s in ipvs, is in a nested kernel that ends with this command" in ended.err
     assert not nested
 
 
@@ -504,6 +505,31 @@ def test_up_says_what_to_type(testbed_: Testbed, monkeypatch: pytest.MonkeyPatch
         "error: this kernel has no ip_vs. A lab in the nested kernel, for as long as its shell runs:",
         "  testbed vm -- bash -c 'testbed up my-lab --proxy-mode ipvs; exec bash'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_nested", "reason"),
+    [
+        (["up", "my-lab"], False, "no NAT; the nested kernel (User-Mode Linux) has no NAT in nf_tables"),
+        (["up", "my-lab"], True, "no NAT"),
+        (["run", "runs"], False, "no NAT; the nested kernel (User-Mode Linux) has no NAT in nf_tables"),
+        (["run", "runs"], True, "no NAT"),
+    ],
+)
+def test_a_mode_that_no_kernel_here_can_run(
+    argv: list[str], is_nested: bool, reason: str, testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """nftables mode where nf_tables has no NAT is refused at once, with no advice that would lead to the same."""
+    Path("runs/scenario.yaml").write_text(Path("runs/scenario.yaml").read_text().replace("ipvs", "nftables"))
+    monkeypatch.setattr(testbed.cli.run, "why_not", lambda mode: "")
+    monkeypatch.setattr(testbed.scenario.modes, "why_not", lambda mode: "")
+    monkeypatch.setattr(testbed.scenario.modes, "why_no_nat_in_nftables", lambda: "no NAT")
+    monkeypatch.setattr(testbed.lab.start, "check_machine", lambda *_: None)
+    if is_nested:
+        monkeypatch.setenv(NESTED, "1")
+    ended = testbed_(*argv, "--proxy-mode", "nftables")
+    assert (ended.status, ended.out, ended.err) == (3, "", f"error: {reason}\n")
+    assert labs == []
 
 
 def test_run_fails(testbed_: Testbed, labs: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,7 +590,7 @@ def test_run_as_json(testbed_: Testbed, labs: Labs) -> None:
     assert (ended.status, document["passed"]) == (0, True)
     assert [step["status"] for step in document["results"][0]["steps"]] == ["passed", "passed"]
     assert document["results"][0]["lab"] == labs[0][0]["name"]
-    assert [(one["scenario"], one["mode"]) for one in document["skipped"]] == [("s", "nftables")]
+    assert [(one["scenario"], one["mode"]) for one in document["skipped"]] == [("s", "ipvs")]
     assert ended.problems[0] == "s, proxy mode iptables, lab s"
 
 
