@@ -59,6 +59,7 @@ _REST_SHARE: Final = 2.0  # after a reading of the hosts file, dnsmasq answers f
 _MOST_REST_S: Final = 0.4
 _READ_WITHIN_S: Final = 5.0
 _ASK_AGAIN_S: Final = 0.05
+_EVERYDAY: Final = ("started, ", "compile time options: ", "using ", "read ")
 _RESTART_PAUSE_S: Final = 0.5  # when dnsmasq ends as soon as it has started
 
 
@@ -118,11 +119,30 @@ class Dnsmasq:
         ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             argv = ["dnsmasq", "--keep-in-foreground", "-C", str(self._folder / "dnsmasq.conf")]
-            self.pid = os.posix_spawnp(argv[0], argv, os.environ)
+            said, saying = os.pipe()
+            try:
+                self.pid = os.posix_spawnp(
+                    argv[0], argv, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, saying, sys.stderr.fileno())]
+                )
+            except OSError:
+                os.close(said)
+                raise
+            finally:
+                os.close(saying)
             self.is_alive = True
         finally:
             signal.signal(signal.SIGHUP, ignored)
+        threading.Thread(target=self._pass_on, args=(said,), name="dnsmasq-log", daemon=True).start()
         threading.Thread(target=self._wait, args=(self.pid,), name="dnsmasq", daemon=True).start()
+
+    @staticmethod
+    def _pass_on(said: int) -> None:
+        """Write into the pod's log what dnsmasq says, until nobody has its standard error: a child may outlive it."""
+        with os.fdopen(said, errors="replace") as lines:
+            for line in lines:
+                if is_remarkable(line):
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
 
     def _wait(self, pid: int) -> None:
         _, status = os.waitpid(pid, 0)
@@ -163,6 +183,14 @@ class Dnsmasq:
                 return True
             time.sleep(0.001)
         return False
+
+
+def is_remarkable(line: str) -> bool:
+    """Say whether a line of dnsmasq belongs into the pod's log: not that it has started or read the hosts file again, which it
+    does at each change of a Service, nor our own questions whether it has.
+    """
+    _, _, message = line.partition("]: ")
+    return not message.startswith(_EVERYDAY) and f".{SERIAL_ZONE} " not in message
 
 
 def _ask_loopback(query: bytes, timeout_s: float) -> DNSRecord | None:

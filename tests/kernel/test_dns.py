@@ -524,6 +524,8 @@ def test_the_search_path_question_by_question(lab: Lab) -> None:
             f"www.example.com.{suffix}" for suffix in ("dev.svc.cluster.local", "svc.cluster.local", "cluster.local")
         ]
         assert questions(lab, look_up("dev/client", "www.example.com")) == sorted([*outside, "www.example.com"])
+        ours = [line for log in logs(lab) for line in log.splitlines() if "serial.testbed" in line or " - " in line]
+        assert ours == []  # that it reads its names again is no news to whoever debugs DNS
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from testbed.errors import InputError, KernelError
 from testbed.lab.cluster_dns import corefile
 from testbed.model.dns import RecordType
 from testbed.programs import dns as program
-from testbed.programs.dns import ClusterDns, Ended, parse_command
+from testbed.programs.dns import ClusterDns, Ended, is_remarkable, parse_command
 from testbed.programs.dns_responder import Responder
 from testbed.programs.kube_proxy import Changed, Listed
 
@@ -206,6 +206,28 @@ def test_a_dnsmasq_that_reads_late_is_asked_again(world: World) -> None:
     assert world.dns.is_ready
     assert world.dns.is_up_to_date
     assert len(world.dnsmasq.shown) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "is_said"),
+    [
+        ("dnsmasq[7]: started, version 2.90 cache disabled\n", False),
+        ("dnsmasq[7]: compile time options: IPv6 GNU-getopt DBus\n", False),
+        ("dnsmasq[7]: using nameserver 127.0.0.1#5355 for domain cluster.local \n", False),
+        ("dnsmasq[7]: using only locally-known addresses for serial.testbed\n", False),
+        ("dnsmasq[7]: read /run/coredns/hosts - 6 names\n", False),
+        ("dnsmasq[7]: query[A] 6.serial.testbed from 127.0.0.1\n", False),
+        ("dnsmasq[7]: query[A] web.dev.svc.cluster.local from 10.244.1.7\n", True),
+        ("dnsmasq[7]: /run/coredns/hosts web.dev.svc.cluster.local is 10.96.1.1\n", True),
+        ("dnsmasq[7]: query[A] using.serial.testbed.example.com from 10.244.1.7\n", True),
+        ("dnsmasq[7]: Maximum number of concurrent DNS queries reached (max: 2000)\n", True),
+        ("dnsmasq[7]: failed to load names from /run/coredns/hosts: No such file or directory\n", True),
+        ("\n", True),
+        ("dnsmasq: failed to create listening socket for 10.244.1.3: Address already in use\n", True),
+    ],
+)
+def test_what_dnsmasq_says_that_belongs_into_the_log(line: str, is_said: bool) -> None:
+    assert is_remarkable(line) is is_said
 
 
 def follow(world: World, change: Callable[[str], str]) -> None:
