@@ -126,7 +126,7 @@ class _Relay:
                         f"the nested kernel did not boot within {BOOT_WITHIN_S:g} s{self._last_messages()}"
                     )
                 self._is_over = True
-                limit_s = timeout_s + _END_WITHIN_S
+                limit_s = timeout_s + patient(_END_WITHIN_S)
                 self._send(wire.frame(wire.END))
         if self._is_over:
             self._say(f"time is up ({timeout_s:g} s): everything in the nested kernel was ended")
