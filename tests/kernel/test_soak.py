@@ -26,6 +26,7 @@ from soak_plan import CLIENTS, Failure, Window, unexcused
 from testbed.kernel.pace import is_nested, patient
 from testbed.lab.doctor import examine
 from testbed.lab.handle import Lab
+from testbed.lab.kubectl import find_kubectl
 from testbed.lab.start import start_lab
 from testbed.manifests import find_topology, load_topology
 
@@ -41,6 +42,7 @@ WARM_UP = 0.5
 are kept for an hour or as long as their namespace, need as much memory in the second half as in the first."""
 HISTORY = 4096
 """Of the store: so many changes are kept for watchers, and memory grows until there are as many."""
+GREETING = (".:53", "CoreDNS-1.11.1 (testbed: dnsmasq)")
 MAY_GROW = 0.05
 LOOKS = 5
 LOOK_EVERY_S = 0.3
@@ -146,6 +148,16 @@ def processes(lab: Lab) -> dict[int, tuple[str, str]]:
     return {pid: seen for pid, seen in found.items() if pid in below}
 
 
+def complaints(lab: Lab) -> list[str]:
+    """Return what the cluster's own programs have said, and any traceback of the lab's: they have nothing to complain of."""
+    kubectl = [find_kubectl(), f"--kubeconfig={lab.kubeconfig}", "logs", "-n", "kube-system"]
+    found = []
+    for pod in lab.api.list("pods", "kube-system")[0]:
+        done = subprocess.run([*kubectl, pod["metadata"]["name"]], capture_output=True, text=True, check=True)
+        found += [line for line in done.stdout.splitlines() if line not in GREETING]
+    return found + [line for line in (lab.folder / "lab.log").read_text().splitlines() if "Traceback" in line]
+
+
 def revision(lab: Lab) -> int:
     """Return how many changes the lab's objects have seen."""
     return int(lab.api.list("namespaces")[1])
@@ -205,6 +217,7 @@ def soak_and_look(
         assert len(rounds[-1].windows) >= 2 * CLIENTS, again
         found, _ = examine(lab)
         assert found == (), again
+        assert complaints(lab) == [], again
         eventually(lambda: not [seen for seen in processes(lab).values() if seen[1] == "Z"], within_s=10)
         judged = {pid: seen for pid, seen in before.items() if whole_memory or seen.name != "control"}
         assert grown(judged, after) == [], again
