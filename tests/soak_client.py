@@ -125,8 +125,7 @@ class Client:
         return False
 
     def _carry_out(self, operation: Operation) -> None:
-        inside = self._order.place != "client"
-        self._load.ask(targets(self._apps.values(), operation.disturbs, inside=inside))
+        self._ask(operation.disturbs)
         begin_s = time.monotonic()
         self._do(operation)
         app = operation.app
@@ -143,7 +142,10 @@ class Client:
             end_s=time.monotonic(),
         )  # fmt: skip
         print(json.dumps({**asdict(window), "disturbs": sorted(window.disturbs)}), flush=True)
-        self._load.ask(targets(self._apps.values(), frozenset(), inside=inside))
+        self._ask(frozenset())
+
+    def _ask(self, disturbed: frozenset[str]) -> None:
+        self._load.ask(targets(self._apps.values(), disturbed, self._order.place, self._order.mode))
 
     def _do(self, operation: Operation) -> None:
         app = operation.app

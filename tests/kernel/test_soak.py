@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from soak_client import Order
-from soak_plan import CLIENTS, Failure, Window, unexcused
+from soak_plan import CLIENTS, OUTSIDE, Failure, Window, unexcused
 
 from testbed.kernel.pace import is_nested, patient
 from testbed.lab.doctor import examine
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.root]
 
 CLIENT = Path(__file__).resolve().parents[1] / "soak_client.py"
 SPACE = "soak-clients"
-PLACES = ("client", f"{SPACE}/on-node1", f"{SPACE}/on-node2", "node3")
+PLACES = (OUTSIDE, f"{SPACE}/on-node1", f"{SPACE}/on-node2", "node3")
 RATE = 25.0
 """Requests a second from each place: enough that any gap of a tenth of a second is seen, and little enough for two cores."""
 WARM_UP = 0.5

@@ -10,6 +10,7 @@ from soak_plan import (
     CLIENTS,
     EVERYTHING,
     MOST_REPLICAS,
+    NODES,
     Failure,
     Operation,
     Window,
@@ -78,10 +79,20 @@ def test_objects_are_what_the_api_takes(tmp_path) -> None:  # type: ignore[no-un
 def test_targets() -> None:
     """From outside only NodePorts are asked; a disturbed path is not, nor the NodePort of a Service with policy Local."""
     apps = [one.app for one in first(len(APPS)) if one.app]
-    assert {key for key, _, _ in targets(apps, frozenset(), inside=False)} == {app.key("nodeport") for app in apps}
-    inside = targets(apps, frozenset({apps[0].key("clusterip")}), inside=True)
+    outside = targets(apps, frozenset(), "client", "iptables")
+    assert {key for key, _, _ in outside} == {app.key("nodeport") for app in apps}
+    assert {address for _, address, _ in outside} == set(NODES.values())
+    inside = targets(apps, frozenset({apps[0].key("clusterip")}), "soak-clients/on-node1", "ipvs")
     assert apps[0].key("clusterip") not in {key for key, _, _ in inside}
     assert apps[1].key("clusterip") in {key for key, _, _ in inside}
+
+
+@pytest.mark.parametrize(("mode", "nodes"), [("iptables", set(NODES)), ("ipvs", {"node3"})])
+def test_targets_of_a_node(mode: str, nodes: set[str]) -> None:
+    """In ipvs mode it asks its own NodePorts only: other nodes would remember its address."""
+    (app,) = [one.app for one in first(1) if one.app]
+    asked = targets([app], frozenset(), "node3", mode)
+    assert {address for key, address, _ in asked if key == app.key("nodeport")} == {NODES[node] for node in nodes}
 
 
 @pytest.mark.parametrize(
