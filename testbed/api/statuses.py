@@ -86,7 +86,11 @@ async def errors_as_status(request: web.Request, handler: Handler) -> web.Stream
         return refusal_response(not_allowed())
     except RecursionError:
         return refusal_response(bad_request("the body of the request is nested too deeply"))
-    except (ConnectionError, web.HTTPException):
+    except ConnectionError:
+        if request.transport is not None and not request.transport.is_closing():
+            raise
+        return web.Response()  # who asked has gone before the answer began: nobody reads it, and it is no error of ours
+    except web.HTTPException:
         raise
     except Exception:
         _log.exception("request failed: %s %s", request.method, request.path_qs)

@@ -47,6 +47,10 @@ class Lab:
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
 
+    def busy_until(self, event: threading.Event) -> None:
+        """Keep the server from looking at anything until then."""
+        self._loop.call_soon_threadsafe(event.wait, 10)
+
     def request(
         self, method: str, path: str, body: bytes | None = None, **headers: str
     ) -> tuple[int, Any, http.client.HTTPMessage]:
@@ -447,3 +451,17 @@ def test_what_a_path_names(path: str, expected: tuple[str, str | None, str, str]
 def test_errors_keep_their_type() -> None:
     """ApiError is what both sides raise."""
     assert issubclass(type(refusal(make_registry().get, "pods", "dev", "x")), ApiError)
+
+
+def test_who_has_gone_before_the_answer_is_no_error(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    """As when a container that watches is killed: nothing about it gets into the lab's log."""
+    for path in ("/api/v1/pods?watch=true", "/api/v1/pods"):
+        asked = threading.Event()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(lab.path)
+            assert lab.request("GET", "/healthz")[0] == 200  # accepted
+            lab.busy_until(asked)
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: lab\r\n\r\n".encode())
+        asked.set()
+        assert lab.request("GET", "/healthz")[0] == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
