@@ -40,10 +40,17 @@ def main() -> int:
             ours.close()
             _be_control(request, theirs)
     except OSError as error:  # processes or descriptors have run out
-        report(request.progress_fd, error=f"could not start the lab's processes: {error}", status=3)
-        return 3
+        return _report_oserror(request, "could not start the lab's processes", error)
     theirs.close()
     return _be_spawner(request, ours, forker)
+
+
+def _report_oserror(request: LabRequest, what: str, error: OSError) -> int:
+    """Tell whoever starts the lab what failed, and return the status to end with."""
+    from testbed.lab.folder import describe_oserror
+
+    report(request.progress_fd, error=f"{what}: {describe_oserror(error)}", status=3)
+    return 3
 
 
 def _choose_open_files() -> None:
@@ -106,10 +113,11 @@ def _be_spawner(request: LabRequest, control: socket.socket, forker: Forker) -> 
         spawner.start_outside_dns()
         report(request.progress_fd, phase="network")
         preload(request.proxy_mode)
-    except (TestbedError, OSError) as error:
-        status = error.exit_status if isinstance(error, TestbedError) else 3
-        report(request.progress_fd, error=str(error), status=status)
-        return status
+    except TestbedError as error:
+        report(request.progress_fd, error=str(error), status=error.exit_status)
+        return error.exit_status
+    except OSError as error:
+        return _report_oserror(request, "could not make the lab's network", error)
     # The control process reports from here on; holding the pipe would hide its death from whoever waits.
     os.close(request.progress_fd)
     lifeline = [request.lifeline_fd] if request.lifeline_fd >= 0 else []
