@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, islice
 
 from testbed.bench.clients import bind_next
 
@@ -30,14 +30,21 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n\r\n"
 
 
 class Ports:
-    """The ports that each target is asked from, in turn."""
+    """The ports that each target is asked from, in turn.
 
-    def __init__(self) -> None:
+    ``start``: how many each has been asked from before. A load that begins goes on after the one that has ended: a SYN that met
+    no rules, because userspace mode's kube-proxy had just been killed, is remembered by connection tracking for two minutes, and
+    the next one from that port meets none either.
+    """
+
+    def __init__(self, start: int) -> None:
+        self._start = start
         self._turns: dict[tuple[str, int], Iterator[int]] = {}
 
     def bind(self, connection: socket.socket, target: tuple[str, int]) -> None:
         if target not in self._turns:
-            self._turns[target] = cycle(PORTS[len(self._turns) % SHARES :: SHARES])
+            ports = PORTS[len(self._turns) % SHARES :: SHARES]
+            self._turns[target] = islice(cycle(ports), self._start % len(ports), None)
         bind_next(connection, self._turns[target])
 
 
@@ -64,7 +71,7 @@ def say(**what: object) -> None:
 def main(rate: float) -> None:
     targets: list[tuple[str, str, int]] = []
     answered: Counter[str] = Counter()
-    ports = Ports()
+    ports = Ports(start=int(time.monotonic() * rate / 2))  # no target is asked more often for long
     turn = 0
     due = time.monotonic()
     while True:
