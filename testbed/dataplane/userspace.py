@@ -104,6 +104,21 @@ def portals_of(service: ServicePort) -> Iterator[Portal]:
         yield Portal(address, service.port, False)
 
 
+def keeps_proxy_port(old: ServicePort, new: ServicePort) -> bool:
+    """Say whether a service port that was changed goes on at its proxy port; otherwise it gets another one.
+
+    Source: kubernetes pkg/proxy/userspace/proxier.go, sameConfig (v1.25).
+    """
+    return _configuration(old) == _configuration(new)
+
+
+def _configuration(service: ServicePort) -> tuple[object, ...]:
+    return (
+        service.protocol, service.port, service.node_port, service.cluster_ip, service.external_ips,
+        service.load_balancer_ips, service.affinity_timeout_s > 0,
+    )  # fmt: skip
+
+
 def render_portal(
     service: ServicePort, portal: Portal, proxy_port: int | str, settings: UserspaceSettings
 ) -> list[Rule]:

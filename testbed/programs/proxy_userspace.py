@@ -25,6 +25,7 @@ from testbed.dataplane.userspace import (
     answering_state,
     find_damage,
     is_supported,
+    keeps_proxy_port,
     make_userspace_settings,
     parse_installed,
     plan_repair,
@@ -196,6 +197,7 @@ class UserspaceProxier:
         self._sleep = sleep
         self._pool = PortPool(*config.port_range, choose) if config.port_range else None
         self._served: dict[ServicePortName, _Served] = {}
+        self._leaving: list[tuple[ServicePortName, _Served]] = []  # whose rules are to go, and then their ports
         self._claims: dict[_ClaimKey, _Claim] = {}
         self._claimed_by: dict[ServicePortName, set[_ClaimKey]] = {}
         self._unserved: dict[ServicePortName, Unserved] = {}
@@ -263,18 +265,22 @@ class UserspaceProxier:
             self._full_due = True
         full, self._full_due = self._full_due, True  # until this one has succeeded
         names = {*state.services, *self._served} if full else changed | self._unserved.keys()
-        gone = sorted(name for name in names if name in self._served and name not in state.services)
         self._settings = settings
         wanted = sorted(name for name in names if name in state.services)
         for name in names:
             self._unserved.pop(name, None)
-        ending = [self._served.pop(name) for name in gone]
-        for name in gone:
-            self._release(name, ())
+        for name in sorted(names & self._served.keys()):
+            service = state.services.get(name)
+            if service is None:
+                self._release(name, ())
+            if service is None or not keeps_proxy_port(self._served[name].service, service):
+                self._leaving.append((name, self._served.pop(name)))
+        if self._pool is not None and self._leaving:  # it may have no port to spare
+            self._write((), self._leaving_rules(), full=False)
+            self._leave()
         self._want_all(wanted, state, settings)
-        text, added, refused, partial_failed = self._write(wanted, ending, full)
-        for name, served in zip(gone, ending, strict=True):
-            self._stop_listening(name, served)
+        text, added, refused, partial_failed = self._write(wanted, self._leaving_rules(), full)
+        self._leave()
         self._process.purge()
         self._full_due = bool(refused)
         payload = self._payload(text, added)
@@ -332,11 +338,20 @@ class UserspaceProxier:
                 problem = OSError(error.errno, f"port {port} of portRange {self._pool}: {error.strerror}")
         raise problem
 
-    def _stop_listening(self, name: ServicePortName, served: _Served) -> None:
-        self._process.close(name)
-        served.listener.close()
-        if self._pool is not None:
-            self._pool.give_back(served.port, self._clock())
+    def _leaving_rules(self) -> list[Rule]:
+        return [rule for _, served in self._leaving for rule in served.installed]
+
+    def _leave(self) -> None:
+        """Close proxy ports that no rule leads to any more: of service ports that are gone, or have another one now."""
+        while self._leaving:
+            name, served = self._leaving.pop()
+            if name in self._served:
+                self._process.leave(name)
+            else:
+                self._process.close(name)
+            served.listener.close()
+            if self._pool is not None:
+                self._pool.give_back(served.port, self._clock())
 
     @staticmethod
     def _claims_of(service: ServicePort, local: Collection[IPv4Address]) -> tuple[_ClaimKey, ...]:
@@ -386,12 +401,11 @@ class UserspaceProxier:
     # -- rules ---------------------------------------------------------------------------------------------------------
 
     def _write(
-        self, names: Iterable[ServicePortName], ending: Iterable[_Served], full: bool
+        self, names: Iterable[ServicePortName], remove: Sequence[Rule], full: bool
     ) -> tuple[str, list[Rule], dict[ServicePortName, str], bool]:
         """Write what changed, or all; return the text, the rules it adds, what was refused, and whether a change failed."""
         if not full:
-            remove = [rule for served in ending for rule in served.installed]
-            add: list[Rule] = []
+            remove, add = list(remove), []
             for served in (self._served[name] for name in names if name in self._served):
                 remove += [rule for rule in served.installed if rule not in served.rules]
                 add += [rule for rule in served.rules if rule not in served.installed]

@@ -248,7 +248,7 @@ class Control:
         self._make_port = make_port
         self._shuffle = random.Random(seed).shuffle  # noqa: S311 (turns, no secrets)
         self._rotations: dict[ServicePortName, Rotation] = {}
-        self._ports: dict[ServicePortName, Copies] = {}
+        self._ports: dict[ServicePortName, list[Copies]] = {}
         self.has_ended = False
         loop.watch(channel.fileno(), self, select.EPOLLIN)
 
@@ -268,14 +268,21 @@ class Control:
         match word:
             case "open":
                 [descriptor] = descriptors
-                rotation = self._rotations[name] = Rotation()
-                self._ports[name] = self._make_port(name, socket.socket(fileno=descriptor), rotation)
+                rotation = self._rotations.setdefault(name, Rotation())
+                opened = self._make_port(name, socket.socket(fileno=descriptor), rotation)
+                self._ports.setdefault(name, []).append(opened)
             case "set":
                 endpoints, affinity_s = rest
                 self._rotations[name].set_affinity(affinity_s)
                 self._rotations[name].set_endpoints(endpoints, self._shuffle)
+            case "leave":
+                *left, newest = self._ports[name]
+                self._ports[name] = [newest]
+                for port in left:
+                    port.close()
             case "close":
-                self._ports.pop(name).close()
+                for port in self._ports.pop(name):
+                    port.close()
                 del self._rotations[name]
             case _:
                 raise AssertionError(f"unknown message {word!r}")

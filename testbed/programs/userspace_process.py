@@ -95,9 +95,13 @@ class CopyProcess:
                 os.kill(self.pid, signal.SIGKILL)
 
     def open(self, name: ServicePortName, listener: socket.socket) -> None:
-        """Have a listening socket served. It stays the caller's."""
+        """Have a listening socket served. It stays the caller's.
+
+        A service port that has one already gets the new one beside it, until `leave`: whose turn it is, and affinity, go on.
+        """
         with self._lock:
-            self._served[name] = _Served(listener)
+            was = self._served.get(name)
+            self._served[name] = _Served(listener, was.endpoints, was.affinity_s) if was else _Served(listener)
             self._send(["open", name], [listener.fileno()])
 
     def set(self, name: ServicePortName, endpoints: Sequence[str], affinity_s: int) -> None:
@@ -107,6 +111,11 @@ class CopyProcess:
             if (served.endpoints, served.affinity_s) != (tuple(endpoints), affinity_s):
                 served.endpoints, served.affinity_s = tuple(endpoints), affinity_s
                 self._send(["set", name, served.endpoints, affinity_s])
+
+    def leave(self, name: ServicePortName) -> None:
+        """Have all listening sockets of a service port but its newest served no longer; TCP connections go on."""
+        with self._lock:
+            self._send(["leave", name])
 
     def close(self, name: ServicePortName) -> None:
         """Have a service port served no longer; TCP connections go on."""

@@ -66,6 +66,7 @@ class FakeProcess:
     def __init__(self, iptables: FakeIptables) -> None:
         self.iptables = iptables
         self.ports: dict[str, int] = {}
+        self.left: dict[str, int] = {}  # ports that are still served beside the new ones
         self.endpoints: dict[str, tuple[str, ...]] = {}
         self.affinity: dict[str, int] = {}
         self.is_running = False
@@ -78,13 +79,19 @@ class FakeProcess:
         self.is_running = False
 
     def open(self, name: ServicePortName, listener: FakeSocket) -> None:
-        assert str(name) not in self.ports
+        if str(name) in self.ports:
+            self.left[str(name)] = self.ports[str(name)]
         self.ports[str(name)] = listener.getsockname()[1]
         assert f"ports {self.ports[str(name)]}" not in rules(self.iptables), "a rule came before its port"
 
     def set(self, name: ServicePortName, endpoints: Sequence[str], affinity_s: int) -> None:
         assert str(name) in self.ports
         self.endpoints[str(name)], self.affinity[str(name)] = tuple(endpoints), affinity_s
+
+    def leave(self, name: ServicePortName) -> None:
+        assert f" {self.left.pop(str(name))} " not in rules(self.iptables) + " ", (
+            "a port is closed before its rules are gone"
+        )
 
     def close(self, name: ServicePortName) -> None:
         port = self.ports.pop(str(name))
@@ -139,7 +146,7 @@ class World:
 
 
 def test_a_service_comes_changes_and_goes() -> None:
-    """A port before its rules, rules that follow the Service at the same port, and nothing left in the end."""
+    """A port before its rules, another one with the changed rules, and nothing left in the end."""
     world = World()
     report = world.sync(service("web", "172.30.0.1", node_port=30080), endpoint_slice("web", endpoint("10.180.0.1")))
     assert report.full and not report.refused and not report.unserved
@@ -147,19 +154,67 @@ def test_a_service_comes_changes_and_goes() -> None:
     assert world.process.endpoints == {"ns/web:p80": ("10.180.0.1:80",)}
     assert report.payload.rules == {"filter": 1, "nat": 4} == report.payload.written
     report = world.sync(service("web", "172.30.0.1", node_port=30081, ingress=["1.2.3.4"], sessionAffinity="ClientIP"))
-    assert not report.full and world.process.ports == {"ns/web:p80": 50001}
+    assert not report.full and world.process.ports == {"ns/web:p80": 50002} and world.process.left == {}
     assert world.process.affinity == {"ns/web:p80": 10800}
     assert [line.split()[0] for line in report.payload.text.splitlines() if line.startswith("-")] == [
-        "-D",
-        "-D",
-        "-A",
-        "-A",
-    ] + ["-A"] * 2
+        *["-D"], *["-A"], *["-D"] * 4, *["-A"] * 6,
+    ]  # fmt: skip
     assert "--dport 30081" in world.chain("nat", "KUBE-NODEPORT-HOST")[0]
-    assert ("TCP", "0.0.0.0", 30080) not in world.sockets.taken and ("TCP", "0.0.0.0", 30081) in world.sockets.taken
+    assert "50001" not in rules(world.iptables)
+    assert {port for _, _, port in world.sockets.taken} == {50002, 30081}
     world.sync(deleted=["web"])
     assert world.process.ports == {} == world.sockets.taken
     assert rules(world.iptables) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "moves"),
+    [
+        ({"node_port": 30081}, True),
+        ({"ingress": ["1.2.3.4"]}, True),
+        ({"externalIPs": ["192.168.99.1"]}, True),
+        ({"sessionAffinity": "ClientIP"}, True),
+        ({"ip": "172.30.0.2"}, True),
+        ({"internalTrafficPolicy": "Local"}, False),
+        ({"externalTrafficPolicy": "Local"}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("port_range", ["", "50001-50001"])
+def test_changes_that_move_a_service_to_another_proxy_port(
+    change: dict[str, Any], moves: bool, port_range: str
+) -> None:
+    """Those that upstream's sameConfig sees. Where portRange has no port to spare, the old one is closed first and used again."""
+    world = World(portRange=port_range)
+    fields: dict[str, Any] = {"ip": "172.30.0.1", "node_port": 30080}
+
+    def sync(**fields: Any) -> UserspaceSyncReport:
+        return world.sync(service("web", fields.pop("ip"), **fields), endpoint_slice("web", endpoint("10.180.0.1")))
+
+    sync(**fields)
+    assert world.process.ports == {"ns/web:p80": 50001}
+    report = sync(**{**fields, **change})
+    assert not report.unserved and not report.refused
+    port = 50002 if moves and not port_range else 50001
+    assert world.process.ports == {"ns/web:p80": port}
+    assert world.process.endpoints == {"ns/web:p80": ("10.180.0.1:80",)}
+    assert f"{port}" in rules(world.iptables)
+    world.proxier.require_full()
+    assert world.sync().payload.text == ""
+
+
+def test_a_port_that_could_not_be_left_is_left_later() -> None:
+    """The tool fails when the rules are to lead to another port: the next sync makes them, and closes the old port."""
+    world = World()
+    world.sync(service("web", "172.30.0.1"))
+    world.iptables.failing = CommandError(["iptables-restore"], 4, "busy")
+    with pytest.raises(CommandError):
+        world.sync(service("web", "172.30.0.9"))
+    assert {port for _, _, port in world.sockets.taken} == {50001, 50002}
+    world.iptables.failing = None
+    assert world.sync().full
+    assert {port for _, _, port in world.sockets.taken} == {50002}
+    assert "172.30.0.9/32" in rules(world.iptables) and "172.30.0.1/32" not in rules(world.iptables)
 
 
 def test_nothing_changed_writes_nothing() -> None:

@@ -198,6 +198,41 @@ def test_dead_endpoints_are_passed_over(stack: contextlib.ExitStack) -> None:
     assert time.monotonic() - started >= 0.25
 
 
+def test_a_service_port_moves(stack: contextlib.ExitStack, eventually: Eventually) -> None:
+    """Both ports are served until the old one is left; turns and affinity go on, and so do connections."""
+    proxy, servers = Proxy(stack), [Endpoint(stack, name) for name in "abc"]
+    endpoints = [server.text for server in servers]
+    proxy.serve(WEB, *endpoints)
+    seen, old, listener, client = [proxy.ask()[:1]], proxy.address, proxy.listener, proxy.connect()
+    client.sendall(b"!")
+    seen.append(client.recv(9)[:1])
+    proxy.serve(WEB, *endpoints)
+    new = proxy.address
+    assert new != old
+    seen.append(proxy.ask()[:1])
+    proxy.address = old
+    seen.append(proxy.ask()[:1])
+    assert sorted(seen[:3]) == [b"a", b"b", b"c"] and seen[3] == seen[0]
+    proxy.process.leave(WEB)
+    listener.close()
+
+    def is_refused() -> bool:
+        try:
+            proxy.ask()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    eventually(is_refused, within_s=5)
+    client.sendall(b"!")
+    assert client.recv(9)
+    proxy.address = new
+    assert proxy.ask()
+    proxy.process.close(WEB)
+    proxy.listener.close()
+    eventually(is_refused, within_s=5)
+
+
 def test_all_dead_closes(stack: contextlib.ExitStack, eventually: Eventually) -> None:
     """When four tries failed the client's connection is closed, and the log names the Service and the endpoint."""
     proxy, gone = Proxy(stack), Endpoint(stack)
