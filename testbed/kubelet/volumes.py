@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from testbed.errors import ApiError
 from testbed.kubelet.environment import Find, MissingReference, data_of, downward_value
 from testbed.kubelet.runtime import Mount, Volume
 from testbed.model.objects import Object
@@ -28,7 +29,7 @@ def volumes_of(
     """Return the volumes of a pod with their files. Without ``token_of``, projected volumes have no token in them.
 
     Raises:
-        MissingReference: a ConfigMap or Secret is not there (yet); the message is what the kubelet's event says.
+        MissingReference: a ConfigMap, Secret or ServiceAccount is not there (yet); the message is what the kubelet's event says.
         UnsupportedVolume: e.g. a persistentVolumeClaim.
     """
     return tuple(_volume(volume, pod, find, pod_ip, host_ip, token_of) for volume in pod["spec"].get("volumes") or ())
@@ -75,7 +76,10 @@ def source_files(
         for part in source.get("sources") or ():
             for inner, value in part.items():
                 if inner == "serviceAccountToken" and token_of is not None:
-                    files[value["path"]] = token_of(pod)
+                    try:
+                        files[value["path"]] = token_of(pod)
+                    except ApiError as error:  # the account goes before its pods when their namespace is deleted
+                        raise MissingReference(f"failed to fetch token: {error.message}") from error
                 if inner in ("configMap", "secret", "downwardAPI"):
                     files |= source_files(inner, value, pod, find, pod_ip, host_ip)
         return files

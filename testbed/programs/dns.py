@@ -59,7 +59,8 @@ _REST_SHARE: Final = 2.0  # after a reading of the hosts file, dnsmasq answers f
 _MOST_REST_S: Final = 0.4
 _READ_WITHIN_S: Final = 5.0
 _ASK_AGAIN_S: Final = 0.05
-_EVERYDAY: Final = ("started, ", "compile time options: ", "using ", "read ")
+#: The warning is about addresses that are not private, as a pod network may have.
+_EVERYDAY: Final = ("started, ", "compile time options: ", "using ", "read ", "LOUD WARNING: ")
 _RESTART_PAUSE_S: Final = 0.5  # when dnsmasq ends as soon as it has started
 
 

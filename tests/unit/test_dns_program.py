@@ -216,6 +216,10 @@ def test_a_dnsmasq_that_reads_late_is_asked_again(world: World) -> None:
         ("dnsmasq[7]: using nameserver 127.0.0.1#5355 for domain cluster.local \n", False),
         ("dnsmasq[7]: using only locally-known addresses for serial.testbed\n", False),
         ("dnsmasq[7]: read /run/coredns/hosts - 6 names\n", False),
+        (
+            "dnsmasq[7]: LOUD WARNING: listening on 100.78.183.194 may accept requests via interfaces other than eth0\n",
+            False,
+        ),
         ("dnsmasq[7]: query[A] 6.serial.testbed from 127.0.0.1\n", False),
         ("dnsmasq[7]: query[A] web.dev.svc.cluster.local from 10.244.1.7\n", True),
         ("dnsmasq[7]: /run/coredns/hosts web.dev.svc.cluster.local is 10.96.1.1\n", True),

@@ -29,6 +29,7 @@ from testbed.model.cluster import ClusterConfig
 from testbed.model.objects import Object
 from testbed.model.topology import NodeSpec, Taint
 from testbed.programs.catalogue import Catalogue
+from testbed.store import not_found
 
 CLUSTER = ClusterConfig()
 NODE_RESOLV = "nameserver 192.0.2.53\nsearch example.com\noptions timeout:1\n"
@@ -454,6 +455,18 @@ def test_volumes_that_cannot_be_mounted() -> None:
         planned({"configMap": {"name": "settings", "items": [{"key": "k", "path": "k"}]}}, configmaps_settings=CONFIG)
     with pytest.raises(UnsupportedVolume, match="persistentVolumeClaim"):
         planned({"persistentVolumeClaim": {"claimName": "c"}})
+
+
+def test_a_token_of_an_account_that_is_gone() -> None:
+    """As when a namespace is deleted, and its ServiceAccount goes before its pods."""
+
+    def token_of(_pod: Object) -> str:
+        raise not_found("serviceaccounts", "default")
+
+    volume = {"name": "v", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}
+    said = 'MountVolume.SetUp failed for volume "v" : failed to fetch token: serviceaccounts "default" not found'
+    with pytest.raises(MissingReference, match=f"^{said}$"):
+        volumes_of(pod(volumes=[volume]), find=objects(), pod_ip="", host_ip="", token_of=token_of)
 
 
 def test_mounts_and_sources() -> None:
