@@ -75,6 +75,7 @@ def run_inside(chosen_seed: int | None) -> None:
         @settings(
             max_examples=200,
             database=None,
+            deadline=None,  # as conftest has it, which this program does not load
             derandomize=chosen_seed is None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate],
