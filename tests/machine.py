@@ -106,6 +106,18 @@ def processes_below(first: int) -> list[int]:
     return found
 
 
+def children_named(name: str, parent: int) -> list[int]:
+    """Return the children of a process with a name; theirs are left out: a fork has its parent's name for a while."""
+    found = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        with contextlib.suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                        found.append(int(pid))
+    return found
+
+
 def limit(kind: int, soft: int, hard: int | None = None) -> Callable[[], None]:
     """Return what sets a resource limit, for ``before``."""
     return lambda: resource.setrlimit(kind, (soft, soft if hard is None else hard))

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from dnslib import DNSRecord
 
@@ -119,36 +119,21 @@ class Dnsmasq:
         # Until dnsmasq has a handler of its own, a SIGHUP would end it.
         ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
-            argv = ["dnsmasq", "--keep-in-foreground", "-C", str(self._folder / "dnsmasq.conf")]
-            said, saying = os.pipe()
-            try:
-                self.pid = os.posix_spawnp(
-                    argv[0], argv, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, saying, sys.stderr.fileno())]
-                )
-            except OSError:
-                os.close(said)
-                raise
-            finally:
-                os.close(saying)
-            self.is_alive = True
+            process = subprocess.Popen(
+                ["dnsmasq", "--keep-in-foreground", "-C", str(self._folder / "dnsmasq.conf")],
+                stderr=subprocess.PIPE, text=True, errors="replace", restore_signals=False,
+            )  # fmt: skip
         finally:
             signal.signal(signal.SIGHUP, ignored)
-        threading.Thread(target=self._pass_on, args=(said,), name="dnsmasq-log", daemon=True).start()
-        threading.Thread(target=self._wait, args=(self.pid,), name="dnsmasq", daemon=True).start()
+        self.pid, self.is_alive = process.pid, True
+        assert process.stderr
+        threading.Thread(target=_pass_on, args=(process.stderr,), name="dnsmasq-log", daemon=True).start()
+        threading.Thread(target=self._wait, args=(process,), name="dnsmasq", daemon=True).start()
 
-    @staticmethod
-    def _pass_on(said: int) -> None:
-        """Write into the pod's log what dnsmasq says, until nobody has its standard error: a child may outlive it."""
-        with os.fdopen(said, errors="replace") as lines:
-            for line in lines:
-                if is_remarkable(line):
-                    sys.stderr.write(line)
-                    sys.stderr.flush()
-
-    def _wait(self, pid: int) -> None:
-        _, status = os.waitpid(pid, 0)
+    def _wait(self, process: subprocess.Popen[str]) -> None:
+        status = process.wait()
         self.is_alive = False
-        self._ended(Ended(pid, os.waitstatus_to_exitcode(status)))
+        self._ended(Ended(process.pid, status))
 
     def stop(self) -> None:
         """End it; `ended` will be called."""
@@ -184,6 +169,15 @@ class Dnsmasq:
                 return True
             time.sleep(0.001)
         return False
+
+
+def _pass_on(said: IO[str]) -> None:
+    """Write into the pod's log what dnsmasq says, until nobody has its standard error: a child may outlive it."""
+    with said:
+        for line in said:
+            if is_remarkable(line):
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
 
 def is_remarkable(line: str) -> bool:

@@ -100,8 +100,7 @@ class CopyProcess:
         A service port that has one already gets the new one beside it, until `leave`: whose turn it is, and affinity, go on.
         """
         with self._lock:
-            was = self._served.get(name)
-            self._served[name] = _Served(listener, was.endpoints, was.affinity_s) if was else _Served(listener)
+            self._served.setdefault(name, _Served(listener)).listener = listener
             self._send(["open", name], [listener.fileno()])
 
     def set(self, name: ServicePortName, endpoints: Sequence[str], affinity_s: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from machine import children_named
 
 from testbed.lab.folder import claim_folder, list_records, state_root
 from testbed.lab.start import _TOOLS
@@ -327,18 +328,6 @@ def test_a_lab_that_ends_while_a_scenario_runs(how: str, tmp_path: Path, eventua
     assert "    its last words" in stderr
     assert '"failed"' in (tmp_path / "out" / "scenario.json").read_text()
     assert not (state_root() / name).exists()
-
-
-def children_named(name: str, parent: int) -> list[int]:
-    """Return the children of a process with a name; theirs are left out: a fork has its parent's name for a while."""
-    found = []
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        with contextlib.suppress(OSError):
-            for pid in (task / "children").read_text().split():
-                with contextlib.suppress(OSError):
-                    if Path(f"/proc/{pid}/comm").read_text().strip() == name:
-                        found.append(int(pid))
-    return found
 
 
 def test_down_is_complete() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import children_named
 
 from testbed.errors import InputError, KernelError
 from testbed.kernel import linux
@@ -59,8 +60,7 @@ def spawner_and_forker(log: Path) -> Iterator[tuple[socket.socket, Callable[[], 
     with started_spawner(log, with_forker=True) as connection:
 
         def forker() -> int:
-            of_this_test = children(os.getpid())
-            found = [pid for parent in of_this_test for pid in children(parent) if name_of(pid) == "forker"]
+            found = [pid for parent in children(os.getpid()) for pid in children_named("forker", parent)]
             return found[0] if found else 0
 
         yield connection, forker
@@ -68,10 +68,6 @@ def spawner_and_forker(log: Path) -> Iterator[tuple[socket.socket, Callable[[], 
 
 def children(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
-def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 _FOLDERS: weakref.WeakKeyDictionary[socket.socket, str] = weakref.WeakKeyDictionary()

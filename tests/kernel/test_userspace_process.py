@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import NodeNamespace
+from machine import children_named
 from proxy_support import endpoint, endpoint_slice, real_iptables, service, state_of, without_counters
 from test_kube_proxy_process import events, save, start
 
@@ -122,13 +123,6 @@ def here(node: NodeNamespace) -> Iterator[Node]:
         made.close()
 
 
-def name_of(pid: int) -> str:
-    """Return a process's name, '' when it has ended."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return ""
-
-
 def web(**fields: Any) -> dict[str, Any]:
     return service("web", "172.30.0.41", node_port=30080, **fields)
 
@@ -213,9 +207,7 @@ def test_the_copying_process_is_killed(api: ApiClient, node: NodeNamespace, here
     api.create(endpoint_slice("web", endpoint(HERE)))
     eventually(lambda: here.ask("172.30.0.41", 80) == "one")
     rules = save(node, Backend.LEGACY)
-    tasks = Path(f"/proc/{proxy.pid}/task").iterdir()
-    children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-    [child] = [pid for pid in children if name_of(pid) == "userspace-proxy"]  # there may be an iptables-save as well
+    [child] = children_named("userspace-proxy", proxy.pid)
     os.kill(child, signal.SIGKILL)
     assert here.ask("172.30.0.41", 80) == "one"  # waited for the next one
     assert save(node, Backend.LEGACY) == rules
